@@ -1,0 +1,130 @@
+"""Which integration names a model: the installed ones are asked, highest precedence wins."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import EntryPoint, entry_points, version
+from typing import Any
+
+from torch import nn
+
+from tensortap.errors import NotSupported, PluginError, nearest
+from tensortap.integration import Integration, Observer, Site
+from tensortap.names import ROOT, escape
+from tensortap.undo import Undo
+
+GROUP = "tensortap.integrations"
+
+_WRAPPERS = {
+    "_orig_mod": "OptimizedModule",
+    "module": "DistributedDataParallel DataParallel FullyShardedDataParallel Float16Module",
+    "_fsdp_wrapped_module": "FullyShardedDataParallel",
+    "_checkpoint_wrapped_module": "CheckpointWrapper",
+}
+"""Attribute that holds the wrapped module -> classes that wrap without changing meaning."""
+_WRAPPER_WORDS = frozenset(_WRAPPERS) - {"module"}
+
+
+class NativeIntegration:
+    """Serves any `torch.nn.Module`: a module's name is its own path."""
+
+    name = "native"
+    precedence = 0
+
+    def refuse(self, model: nn.Module) -> str | None:
+        return None
+
+    def sites(self, model: nn.Module) -> Sequence[Site]:
+        return [
+            Site(name=escape(native_path(path)) or ROOT, native=path, module=module)
+            for path, module in model.named_modules()
+        ]
+
+    def install(
+        self, model: nn.Module, sites: Sequence[Site], observer: Observer, undo: Undo
+    ) -> None:
+        """Hooks see all there is."""
+
+    def describe(self, model: nn.Module) -> Mapping[str, Any]:
+        return {}
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DDP, `torch.compile` and similar wrappers."""
+    for attribute, classes in _WRAPPERS.items():
+        if type(model).__name__ in classes.split():
+            inner = getattr(model, attribute, None)
+            if isinstance(inner, nn.Module):
+                return unwrap(inner)
+    return model
+
+
+def native_path(path: str) -> str:
+    """A module path without the words that nested wrappers put into it."""
+    return ".".join(word for word in path.split(".") if word not in _WRAPPER_WORDS)
+
+
+def discover(model: nn.Module, using: str | None) -> Integration:
+    """The integration that names `model`; `using` asks for one by name.
+
+    Raises `NotSupported` when the one asked for cannot serve, `PluginError` for a plugin that
+    fails to load, has another version than the core, or ties with another.
+    """
+    installed = [NativeIntegration(), *_installed(using)]
+    if using is not None:
+        return _named(using, installed, model)
+    serving = [plugin for plugin in installed if plugin.refuse(model) is None]
+    best = max(plugin.precedence for plugin in serving)
+    winners = [plugin for plugin in serving if plugin.precedence == best]
+    if len(winners) > 1:
+        names = " and ".join(repr(plugin.name) for plugin in winners)
+        raise PluginError(
+            f"{names} both claim {type(model).__name__} with precedence {best}; "
+            "choose one with attach(model, using=…)."
+        )
+    return winners[0]
+
+
+def _named(using: str, installed: Sequence[Integration], model: nn.Module) -> Integration:
+    for plugin in installed:
+        if plugin.name == using:
+            reason = plugin.refuse(model)
+            if reason is not None:
+                raise NotSupported(f"using={using!r} cannot serve this model: {reason}")
+            return plugin
+    raise NotSupported(
+        f"There is no integration {using!r}; installed: {nearest(using, [p.name for p in installed])}. "
+        f'Others come with pip install "tensortap[{using}]".'
+    )
+
+
+def _installed(using: str | None) -> Iterator[Integration]:
+    for entry in entry_points(group=GROUP):
+        triggered = entry.name in sys.modules
+        if triggered or using is not None:
+            yield load_plugin(entry)
+
+
+def load_plugin(entry: EntryPoint) -> Any:
+    """Load an entry point; a broken plugin is an error, never treated as an absent one."""
+    where = f"{entry.value} (entry point {entry.group}: {entry.name})"
+    _check_version(entry, where)
+    try:
+        return entry.load()
+    except Exception as error:
+        raise PluginError(
+            f"The plugin {where} fails to load: {type(error).__name__}: {error}. "
+            "Repair or uninstall it."
+        ) from error
+
+
+def _check_version(entry: EntryPoint, where: str) -> None:
+    if entry.dist is None or not entry.dist.name.startswith("tensortap-"):
+        return
+    core, plugin = version("tensortap"), entry.dist.version
+    if core.split(".")[:2] != plugin.split(".")[:2]:
+        raise PluginError(
+            f"The plugin {where} has version {plugin}, the core {core}; "
+            f'install both together: pip install -U "tensortap[all]=={core}".'
+        )

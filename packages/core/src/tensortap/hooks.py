@@ -1,0 +1,223 @@
+"""Hooks on modules: what a module is given, what it returns, its parameters and their gradients.
+
+Hooks are objects, not closures: a copied or pickled model carries inert ones, so copies of a
+tapped model are not tapped. Under `torch.compile` a hook runs outside the compiled graph.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from tensortap.capture import Capture, Choices, Sighting, SiteCall
+from tensortap.integration import Site
+from tensortap.names import escape
+from tensortap.records import Coordinates
+from tensortap.steps import Frame
+from tensortap.undo import Undo
+from tensortap.walk import arguments, first_parameter
+
+
+class Inert:
+    """What a hook becomes in a copy of a tapped model."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing."""
+
+
+class _Hook:
+    """A hook that stays behind when its module is copied."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Inert:
+        return Inert()
+
+    def __reduce__(self) -> tuple[type[Inert], tuple[()]]:
+        return Inert, ()
+
+
+def _is(module: nn.Module, ours: nn.Module) -> bool:
+    """The module itself, or a replica of it that DataParallel made for one forward."""
+    return module is ours or "_is_replica" in module.__dict__
+
+
+def outside_graph(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Have Dynamo call `function` instead of tracing it.
+
+    The mark is what `torch.compiler.disable` sets; that import alone would cost a second.
+    """
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    function._torchdynamo_disable_msg = "tensortap reads tensors"  # type: ignore[attr-defined]
+    return function
+
+
+class ContainerHooks(_Hook):
+    """Tells the clock where forwards of modules with children begin and end."""
+
+    def __init__(self, capture: Capture, module: nn.Module) -> None:
+        self._capture = capture
+        self._module = module
+        self._training = any(p.requires_grad for p in module.parameters())
+
+    def install(self, undo: Undo) -> None:
+        """Hook the module; called before any capturing hook, `install_end` after them."""
+        undo.keep(self._module.register_forward_pre_hook(_Bound(self, "begin")))
+
+    def install_end(self, undo: Undo) -> None:
+        """Hook the end, also of a forward that raises."""
+        undo.keep(self._module.register_forward_hook(_Bound(self, "end"), always_call=True))
+
+    def begin(self, module: nn.Module, *_: Any) -> None:
+        """Before the module's forward."""
+        capture = self._capture
+        if _is(module, self._module) and capture.active:
+            training = self._training and torch.is_grad_enabled() and self._learns(module)
+            capture.clock.open(self._module, training=training)
+
+    def end(self, module: nn.Module, *_: Any) -> None:
+        """After the module's forward."""
+        if _is(module, self._module):
+            self._capture.clock.close(self._module)
+
+    def _learns(self, module: nn.Module) -> bool:
+        return module.training or self._capture.clock.trained
+
+
+class _Bound(_Hook):
+    """A method as a hook that copies and pickles as nothing."""
+
+    def __init__(self, owner: Any, method: str) -> None:
+        self._call = outside_graph(_forwarder(getattr(owner, method)))
+
+    def __call__(self, *args: Any) -> None:
+        self._call(*args)
+
+
+def _forwarder(method: Callable[..., None]) -> Callable[..., None]:
+    """A plain function, because a mark on a bound method would land on its class."""
+
+    def call(*args: Any) -> None:
+        method(*args)
+
+    return call
+
+
+class ModuleHooks(_Hook):
+    """Captures the inputs and outputs of one module, and has their gradients watched."""
+
+    def __init__(self, capture: Capture, site: Site) -> None:
+        self._capture = capture
+        self._site = site
+        self._first = first_parameter(site.module)
+        self._thread = _OpenCalls()
+
+    def install(self, undo: Undo) -> None:
+        """Hook the module; inputs are captured before it runs, it may overwrite them."""
+        module = self._site.module
+        undo.keep(module.register_forward_pre_hook(_Bound(self, "before"), with_kwargs=True))
+        undo.keep(module.register_forward_hook(_Bound(self, "after")))
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Capture what the module is given."""
+        if not _is(module, self._site.module):
+            return
+        call = self._capture.enter(self._site)
+        if call is not None:
+            self._thread.push(call)
+            call.capture(dict(arguments(self._first, args, kwargs)))
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Capture what the module returned."""
+        if _is(module, self._site.module) and self._thread.calls:
+            self._thread.calls.pop().capture({"output": output})
+
+
+class _OpenCalls(threading.local):
+    """Calls of one module under way in this thread; more than one when it calls itself."""
+
+    def __init__(self) -> None:
+        self.calls: list[SiteCall] = []
+
+    def push(self, call: SiteCall) -> None:
+        if self.calls and self.calls[-1].frame is not call.frame:
+            self.calls.clear()  # Left over from a forward that raised.
+        self.calls.append(call)
+
+
+class ParameterHooks:
+    """Captures parameters when a step begins, and gradients as backward accumulates them."""
+
+    def __init__(self, sites: Sequence[Site], choices: Choices) -> None:
+        self._choices = choices
+        self._capture: Capture | None = None
+        self._owners: dict[nn.Parameter, list[tuple[Site, str]]] = {}
+        for site in sites:
+            if site.kind == "module":
+                for name, parameter in site.module.named_parameters(recurse=False):
+                    self._owners.setdefault(parameter, []).append((site, escape(name)))
+
+    def names(self) -> list[str]:
+        """Every name a parameter or its gradient could be recorded under."""
+        owners = [owner for owners in self._owners.values() for owner in owners]
+        return [f"{site.name}/{phase}/{n}" for phase in ("param", "grad") for site, n in owners]
+
+    def install(self, capture: Capture, undo: Undo) -> None:
+        """Hook the parameters whose gradients are selected."""
+        self._capture = capture
+        for parameter in self._owners:
+            if parameter.requires_grad and self._seen(parameter, "grad", Coordinates()):
+                if not parameter._post_accumulate_grad_hooks:
+                    undo.call(functools.partial(_forget_hooks, parameter))
+                undo.keep(parameter.register_post_accumulate_grad_hook(self._accumulated))
+
+    def begin_step(self, frame: Frame) -> None:
+        """Capture every selected parameter, as the first forward of the step will use it."""
+        if self._capture is None or not self._capture.active or not frame.selected:
+            return
+        for parameter in self._owners:
+            seen = self._seen(parameter, "param", _outside_calls(frame))
+            if seen:
+                self._capture.emit(parameter, seen)
+
+    def _accumulated(self, parameter: torch.Tensor) -> None:
+        if self._capture is None or not self._capture.active or parameter.grad is None:
+            return
+        frame = self._capture.clock.frame()
+        if frame.selected:
+            seen = self._seen(parameter, "grad", _outside_calls(frame))
+            self._capture.emit(parameter.grad, seen)
+
+    def _seen(self, parameter: torch.Tensor, phase: str, at: Coordinates) -> list[Sighting]:
+        chosen = (
+            (site, name, self._choices(site.name, phase, name))
+            for site, name in self._owners[cast(nn.Parameter, parameter)]
+        )
+        return [
+            Sighting(site, phase, name, at, values, site.dims.get(name))
+            for site, name, values in chosen
+            if values is not None
+        ]
+
+
+def _outside_calls(frame: Frame) -> Coordinates:
+    return Coordinates(frame.step, frame.microbatch, 0, frame.rank, False, frame.eval)
+
+
+def _forget_hooks(parameter: nn.Parameter) -> None:
+    """A parameter that never had such a hook has `None` there, not an empty dictionary."""
+    if not parameter._post_accumulate_grad_hooks:
+        parameter._post_accumulate_grad_hooks = None
+
+
+def ancestors(root: nn.Module, tapped: Iterable[nn.Module]) -> list[nn.Module]:
+    """The root and every module with a tapped module below it: where a forward may begin."""
+    wanted = {id(module) for module in tapped}
+    return [
+        module
+        for module in root.modules()
+        if module is root or any(id(m) in wanted for m in module.modules() if m is not module)
+    ]

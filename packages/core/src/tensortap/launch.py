@@ -1,0 +1,72 @@
+"""This process among the processes of a job: rank, world size, launch id, run directory."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import uuid
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from tensortap.records import RunInfo
+
+_LAUNCHER = (
+    "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "SLURM_JOB_ID", "MASTER_ADDR",
+    "MASTER_PORT",
+)
+
+
+def rank_and_world() -> tuple[int, int]:
+    """From `torch.distributed` where initialised, else the launcher's environment, else (0, 1)."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def launch_id(world: int, environ: Mapping[str, str] = os.environ) -> str:
+    """The same in every rank of one launch, another one after a restart; no collective needed.
+
+    Ranks of one machine share their launcher process, whose start time tells launches apart;
+    ranks of several machines have the launcher's variables only.
+    """
+    if world == 1:
+        return uuid.uuid4().hex[:16]
+    parts = [environ.get(variable, "") for variable in _LAUNCHER]
+    if environ.get("LOCAL_WORLD_SIZE", str(world)) == str(world):
+        parts.append(_parent())
+    return hashlib.blake2b("\0".join(parts).encode(), digest_size=8).hexdigest()
+
+
+def _parent() -> str:
+    """Parent process and when it started, where /proc tells."""
+    parent = os.getppid()
+    try:
+        started = Path(f"/proc/{parent}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    except OSError:
+        started = ""
+    return f"{parent}/{started}"
+
+
+def default_run(directory: Path, info: RunInfo) -> Path:
+    """`<directory>/<UTC time>-<model class>`, agreed on by all ranks of a launch.
+
+    The first rank to arrive writes its proposal into a file of the launch; the others read it.
+    """
+    moment = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S.%f")[:-3] + "Z"
+    proposal = f"{moment}-{info.model_class}"
+    if info.world_size == 1:
+        return directory / proposal
+    directory.mkdir(parents=True, exist_ok=True)
+    agreement = directory / f".launch-{info.launch_id}"
+    draft = directory / f".launch-{info.launch_id}.{uuid.uuid4().hex}"
+    draft.write_text(proposal)
+    try:
+        os.link(draft, agreement)
+    except FileExistsError:
+        proposal = agreement.read_text()
+    finally:
+        draft.unlink()
+    return directory / Path(proposal).name

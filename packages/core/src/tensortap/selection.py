@@ -1,0 +1,175 @@
+"""Selection: which names, steps and ranks; decided before anything is copied.
+
+    layers.*.attn.*/forward/*,!*/param/*      globs over whole names; `!` excludes
+    re:layers\\.[0-3]\\..*                      `re:` starts a regular expression
+
+`*` stands for any characters, dots and slashes included, `?` for one, `[…]` for one of a set.
+A name is selected when some including pattern matches it (or there is none) and no excluding one.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from tensortap.errors import ConfigError, SelectionError, nearest
+
+_BRACKETS = {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}
+
+
+@dataclass(frozen=True, slots=True)
+class _Pattern:
+    text: str
+    regex: re.Pattern[str]
+    tokens: tuple[str, ...] | None
+    """The glob's parts (`*`, `?`, `[…]` or one character); `None` for a regular expression."""
+
+    @classmethod
+    def compile(cls, text: str) -> _Pattern:
+        if not text.startswith("re:"):
+            return cls(text, re.compile(fnmatch.translate(text)), _tokens(text))
+        try:
+            return cls(text, re.compile(text[3:] + r"\Z"), None)
+        except re.error as error:
+            raise SelectionError(f"{text!r} is not a regular expression: {error}.") from error
+
+    def matches(self, name: str) -> bool:
+        return self.regex.match(name) is not None
+
+    def may_match(self, prefix: str) -> bool:
+        """Could any continuation of `prefix` match? A regular expression always might."""
+        return self.tokens is None or bool(_reached(self.tokens, prefix))
+
+    def must_match(self, prefix: str) -> bool:
+        """Does every continuation of `prefix` match?"""
+        if self.tokens is None:
+            return False
+        tails = (self.tokens[state:] for state in _reached(self.tokens, prefix))
+        return any(tail and set(tail) == {"*"} for tail in tails)
+
+
+def _tokens(glob: str) -> tuple[str, ...]:
+    return tuple(re.findall(r"\[!?\]?[^\]]*\]|.", glob, flags=re.DOTALL))
+
+
+def _reached(tokens: tuple[str, ...], text: str) -> set[int]:
+    """Positions in the glob after reading all of `text`: a small nondeterministic automaton."""
+    states = _through_stars(tokens, {0})
+    for character in text:
+        moved = set()
+        for state in states:
+            if state < len(tokens) and _accepts(tokens[state], character):
+                moved.add(state if tokens[state] == "*" else state + 1)
+        states = _through_stars(tokens, moved)
+    return states
+
+
+def _through_stars(tokens: tuple[str, ...], states: set[int]) -> set[int]:
+    closed = set(states)
+    for state in states:
+        while state < len(tokens) and tokens[state] == "*":
+            state += 1
+            closed.add(state)
+    return closed
+
+
+def _accepts(token: str, character: str) -> bool:
+    if token in ("*", "?"):
+        return True
+    return token == character if len(token) == 1 else fnmatch.fnmatchcase(character, token)
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """A set of names, described by patterns."""
+
+    text: str
+    _include: tuple[_Pattern, ...]
+    _exclude: tuple[_Pattern, ...]
+
+    @classmethod
+    def parse(cls, patterns: str | Iterable[str]) -> Selection:
+        """Parse comma-separated patterns, or a list of them; raises `SelectionError`."""
+        texts = _split(patterns) if isinstance(patterns, str) else list(patterns)
+        texts = [text.strip() for text in texts if text.strip()]
+        if not texts or "!" in texts:
+            raise SelectionError(
+                f"{patterns!r} selects nothing; write globs over names such as "
+                "'layers.*.attn.*/forward/*,!*/param/*', or '*' for everything."
+            )
+        include = tuple(_Pattern.compile(text) for text in texts if not text.startswith("!"))
+        exclude = tuple(_Pattern.compile(text[1:]) for text in texts if text.startswith("!"))
+        return cls(",".join(texts), include, exclude)
+
+    def matches(self, name: str) -> bool:
+        """Is this name (`module/phase/tensor`) selected?"""
+        if any(pattern.matches(name) for pattern in self._exclude):
+            return False
+        return not self._include or any(pattern.matches(name) for pattern in self._include)
+
+    def may_match(self, prefix: str) -> bool:
+        """Could a name that starts with `prefix` be selected? Decides whether a hook is needed."""
+        if any(pattern.must_match(prefix) for pattern in self._exclude):
+            return False
+        return not self._include or any(pattern.may_match(prefix) for pattern in self._include)
+
+    def nothing_in(self, names: Iterable[str], where: str) -> SelectionError:
+        """The error for a selection that matched none of `names`."""
+        wanted = self._include[0].text if self._include else "*"
+        return SelectionError(
+            f"The selection {self.text!r} matches nothing in {where}. "
+            f"Closest names: {nearest(wanted, names)}."
+        )
+
+
+def _split(text: str) -> list[str]:
+    """Split at commas outside brackets: `re:a{1,2},b` is two patterns."""
+    parts, depth, start = [], 0, 0
+    for position, character in enumerate(text):
+        depth += _BRACKETS.get(character, 0)
+        if character == "," and depth <= 0:
+            parts.append(text[start:position])
+            start = position + 1
+    return [*parts, text[start:]]
+
+
+@dataclass(frozen=True, slots=True)
+class Indices:
+    """A set of steps or ranks: `5`, `0:3`, `0:100:10`, `10:`, or several with commas."""
+
+    text: str
+    _ranges: tuple[tuple[int, int | None, int], ...]
+
+    @classmethod
+    def parse(cls, text: str | int | None, what: str) -> Indices:
+        """Parse; `None` or `""` means all. `what` names the setting in the `ConfigError`."""
+        words = [word.strip() for word in str("" if text is None else text).split(",")]
+        try:
+            return cls(",".join(words), tuple(_range(word) for word in words if word))
+        except ValueError:
+            raise ConfigError(
+                f"{what}={text!r} cannot be read; write numbers or ranges start:stop:step, "
+                "for example '0,5', '0:3', '100:' or '0:1000:100'."
+            ) from None
+
+    def __contains__(self, index: int) -> bool:
+        return not self._ranges or any(
+            start <= index and (stop is None or index < stop) and (index - start) % step == 0
+            for start, stop, step in self._ranges
+        )
+
+
+def _range(word: str) -> tuple[int, int | None, int]:
+    parts = word.split(":")
+    numbers = [int(part) if part.strip() else None for part in parts]
+    if len(parts) > 3 or any(number is not None and number < 0 for number in numbers):
+        raise ValueError(word)
+    if len(parts) == 1:
+        only = int(word)
+        return only, only + 1, 1
+    start, stop, step = (*numbers, None)[:3]
+    if step == 0:
+        raise ValueError(word)
+    return start or 0, stop, step or 1

@@ -1,0 +1,300 @@
+"""`attach` and `Tap`: selection -> hooks -> reduction -> sink, and every trace gone on `detach`."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from tensortap.capture import Capture, Choices, Sighting
+from tensortap.config import Settings
+from tensortap.coverage import Coverage, explain_absences
+from tensortap.discovery import discover, unwrap
+from tensortap.errors import CaptureError, CaptureWarning, ConfigError
+from tensortap.hooks import ContainerHooks, ModuleHooks, ParameterHooks, ancestors
+from tensortap.integration import Site
+from tensortap.launch import default_run, rank_and_world
+from tensortap.names import TensorName
+from tensortap.observer import TapObserver
+from tensortap.optimizers import watch_optimizers
+from tensortap.records import RunInfo, TensorRecord
+from tensortap.runinfo import describe_run
+from tensortap.sinks import CoverageSink, TensorSink
+from tensortap.steps import StepClock
+from tensortap.store import RunDirectorySink
+from tensortap.targets import mark_tapped, modules_to_tap
+from tensortap.transfer import Transfer
+from tensortap.undo import Undo
+
+
+def attach(
+    model: nn.Module | Sequence[nn.Module],
+    sink: str | os.PathLike[str] | TensorSink | None = None,
+    **options: Any,
+) -> Tap:
+    """Tap a model: from now on its selected tensors are recorded, until `detach`.
+
+    `model` is a module, or the list of a pipeline's chunks. `sink` is a run directory to make,
+    or any `TensorSink`; by default `tensortap_runs/<UTC time>-<model class>`. Options come
+    before the environment (`TENSORTAP_SELECT`, …), which comes before the defaults:
+
+    select       names to capture: globs with commas, `!` excludes, `re:` regular expression
+    values       "stats" (default), "full", "sample", or {glob: one of these}
+    phases       of "forward", "backward", "param", "grad"; default: all
+    steps, ranks "0:100:10", "0,8"; default: all
+    exponents    also count the values of each power-of-two exponent
+    max_pending  host memory for payloads in flight ("256MiB"); on_full: "wait" or "drop"
+    max_bytes    size limit of the run on disk; durable: fsync at "close" or every "step"
+    on_error     "warn" (default: capturing stops, the model goes on) or "raise"
+    overwrite    replace an existing run; using: the integration; metadata: kept in the run
+
+    Raises `ConfigError`, `SelectionError`, `NotSupported`, `AlreadyAttached` or `RunExists`, and
+    leaves nothing behind when it does.
+    """
+    settings = Settings.resolve(options)
+    models = modules_to_tap(model)
+    tap = Tap(settings)
+    rank, world = rank_and_world()
+    if settings.enabled and rank in settings.ranks:
+        with Undo() as undo:
+            tap._install([unwrap(module) for module in models], sink, (rank, world), undo)
+    return tap
+
+
+class Tap:
+    """An observer of one model; also a context manager that detaches at its end."""
+
+    path: Path | None = None
+    """The run directory, when records go to one."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.coverage = Coverage()
+        self._undo: Undo | None = None
+        self._failure: BaseException | None = None
+        self._reported = False
+        self._detaching = threading.Lock()
+
+    @property
+    def attached(self) -> bool:
+        """Is anything installed? Not when disabled, on another rank, or after `detach`."""
+        return self._undo is not None
+
+    def step(self) -> None:
+        """End the step here; from the first call on, nothing else ends steps."""
+        if self.attached:
+            self._clock.manual_step()
+
+    def record(self, name: str, tensor: torch.Tensor, *, dims: str | None = None) -> None:
+        """Record any tensor by hand as `module/phase/tensor`, in the step under way.
+
+        The selection of names does not apply, those of steps and ranks do.
+        """
+        parsed = TensorName.parse(name)
+        if not self.attached or not self._capture.active:
+            return
+        frame = self._clock.frame()
+        if frame.selected:
+            site = Site(parsed.module, "", self._roots[0])
+            at = frame.enter(f"by hand: {name}")
+            values = self.settings.values(name)
+            seen = Sighting(site, parsed.phase, parsed.tensor, at, values, dims)
+            self._capture.emit(tensor, [seen])
+
+    def detach(self) -> None:
+        """Write what is pending, remove every trace from the model, close the run.
+
+        Raises `CaptureError` when nothing at all was captured, or, under `on_error="raise"`,
+        when capturing failed. Calling it again does nothing.
+        """
+        with self._detaching:
+            undo, self._undo = self._undo, None
+        if undo is None:
+            return
+        atexit.unregister(self._at_exit)
+        with ExitStack() as last_to_first:
+            last_to_first.callback(self._report)
+            last_to_first.callback(self._close_sink)
+            last_to_first.callback(self._transfer.close)
+            last_to_first.callback(self._capture.stop)
+            last_to_first.callback(undo.run)
+            self._clock.finish()
+
+    def __enter__(self) -> Tap:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.detach()
+            return
+        try:
+            self.detach()
+        except CaptureError as failure:  # The error on its way out says more.
+            warnings.warn(str(failure), CaptureWarning, stacklevel=2)
+
+    def __repr__(self) -> str:
+        state = "attached" if self.attached else "detached"
+        return f"<tensortap.Tap {state}, {self.coverage.total} records, {self.path or 'no run'}>"
+
+    def _install(
+        self, roots: list[nn.Module], sink: Any, place: tuple[int, int], undo: Undo
+    ) -> None:
+        plugins = [discover(root, self.settings.using) for root in roots]
+        sites = [list(p.sites(root)) for p, root in zip(plugins, roots, strict=True)]
+        every = [site for some in sites for site in some]
+        choices = Choices(self.settings)
+        self._roots = roots
+        self._parameters = ParameterHooks(every, choices)
+        self._selected = choices.sites_in(every, self._parameters.names())
+        self._start(sink, describe_run(self.settings, roots, plugins, place), choices)
+        try:
+            self._hook(undo)
+            observer = TapObserver(self._capture, self._selected)
+            for root, plugin, some in zip(roots, plugins, sites, strict=True):
+                plugin.install(root, some, observer, undo)
+        except BaseException:
+            self._transfer.close()
+            self._sink.close()
+            raise
+        self._undo, self._pid = undo, os.getpid()
+        atexit.register(self._at_exit)
+
+    def _start(self, sink: Any, info: RunInfo, choices: Choices) -> None:
+        """Open the sink and the transfer to it."""
+        self._sink = self._choose_sink(sink, info)
+        self._sink.open(info)
+        self._clock = StepClock(
+            rank=info.rank,
+            steps=self.settings.steps,
+            begin=self._parameters.begin_step,
+            end=self._end_step,
+        )
+        self._transfer = Transfer(
+            self._sink,
+            max_pending=self.settings.max_pending,
+            on_full=self.settings.on_full,
+            written=self._written,
+            failed=self._stop,
+        )
+        self._capture = Capture(
+            self.settings, choices, self._clock, self._transfer, self.coverage, self._fail
+        )
+
+    def _hook(self, undo: Undo) -> None:
+        """Install hooks; a container's end comes last, after what is captured at its end."""
+        tapped = [site.module for site in self._selected]
+        containers = [
+            ContainerHooks(self._capture, module)
+            for root in self._roots
+            for module in ancestors(root, tapped)
+        ]
+        for container in containers:
+            container.install(undo)
+        for site in self._selected:
+            if site.kind == "module" and site.silent is None:
+                ModuleHooks(self._capture, site).install(undo)
+        for container in containers:
+            container.install_end(undo)
+        self._parameters.install(self._capture, undo)
+        parameters = [p for root in self._roots for p in root.parameters()]
+        watch_optimizers(parameters, self._clock.optimizers_stepped, undo)
+        mark_tapped(self._roots, undo)
+
+    def _choose_sink(self, sink: Any, info: RunInfo) -> TensorSink:
+        if sink is not None and not isinstance(sink, (str, os.PathLike)):
+            if isinstance(sink, TensorSink):
+                return sink
+            raise ConfigError(
+                f"attach(model, {sink!r}): the second argument is a run directory or an object "
+                "with the methods of tensortap.TensorSink."
+            )
+        directory = Path(self.settings.directory)
+        self.path = Path(sink) if sink else default_run(directory, info)
+        if sink is None and info.rank == 0:
+            print(f"tensortap: recording to {self.path}", file=sys.stderr)
+        return RunDirectorySink(
+            self.path,
+            overwrite=self.settings.overwrite,
+            durable=self.settings.durable,
+            max_bytes=self.settings.max_bytes,
+        )
+
+    def _end_step(self, step: int, selected: bool) -> None:
+        if selected and self._capture.active:
+            try:
+                self._transfer.end_step(step)
+            except Exception as failure:  # Reported by the guard; the model must go on.
+                self._fail(failure)
+
+    def _written(self, record: TensorRecord) -> None:
+        self.coverage.captured(str(record.name))
+
+    def _stop(self, failure: BaseException) -> None:
+        """Capturing broke, perhaps in the transfer thread: stop it, and tell at the next hook."""
+        if self._failure is None:
+            self._failure = failure
+            self.coverage.gap("*", f"capture stopped: {type(failure).__name__}: {failure}")
+        self._capture.stop(self._report)
+
+    def _fail(self, failure: BaseException) -> None:
+        """Capturing broke in a hook: stop it and tell at once."""
+        self._stop(failure)
+        self._report()
+
+    def _report(self) -> None:
+        """Say once, in the thread of the model, that the capture failed or wrote nothing."""
+        if self._reported:
+            return
+        self._reported = True
+        if self._failure is not None:
+            cause = f"{type(self._failure).__name__}: {self._failure}"
+            message = f"tensortap stopped capturing, the run is incomplete: {cause}"
+            if self.settings.on_error == "raise":
+                raise CaptureError(message) from self._failure
+            warnings.warn(message, CaptureWarning, stacklevel=2)
+        elif not self.coverage.total:
+            raise CaptureError(f"tensortap captured nothing: {self._why_nothing()}")
+
+    def _why_nothing(self) -> str:
+        if self._clock.began == 0:
+            return (
+                "the model was not called while it was attached, or only inside code that "
+                "torch.compile had made before. Attach before the first call."
+            )
+        if not any(step in self.settings.steps for step in range(self._clock.step)):
+            return f"steps={self.settings.steps.text!r}, but the run ended at {self._clock.step}."
+        gaps = self.coverage.report(steps=self._clock.step)["gaps"]
+        return gaps[0]["reason"] if gaps else "no selected module was called."
+
+    def _close_sink(self) -> None:
+        try:
+            explain_absences(self.coverage, self._selected, explicit=self.settings.explicit)
+            if isinstance(self._sink, CoverageSink):
+                self._sink.cover(self.coverage.report(steps=self._clock.step))
+            self._sink.close()
+        except Exception as failure:  # Reported by `_report`, which runs next.
+            self._stop(failure)
+
+    def _at_exit(self) -> None:
+        """The interpreter ends without `detach`: the last step is still written."""
+        if os.getpid() != self._pid:
+            return  # A forked child must not touch its parent's run.
+        try:
+            self.detach()
+        except CaptureError as failure:
+            print(f"tensortap: {failure}", file=sys.stderr)

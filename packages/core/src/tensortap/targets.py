@@ -1,0 +1,73 @@
+"""What may be attached to: real modules, tapped once, not compiled yet."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from tensortap.errors import AlreadyAttached, ConfigError, NotSupported
+from tensortap.undo import Undo
+
+_tapped: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def modules_to_tap(model: Any) -> list[nn.Module]:
+    """`attach`'s first argument as a list of modules; raises when one cannot be tapped."""
+    models = list(model) if isinstance(model, (list, tuple)) else [model]
+    for module in models:
+        if not isinstance(module, nn.Module):
+            raise ConfigError(
+                f"attach() taps a torch.nn.Module or a list of them, not {type(module).__name__}."
+            )
+        _refuse_second_tap(module)
+        _refuse_compiled(module)
+    if not models:
+        raise ConfigError("attach() was given an empty list of models.")
+    return models
+
+
+def mark_tapped(roots: Iterable[nn.Module], undo: Undo) -> None:
+    """Remember that these models, with all they hold, have a tap."""
+    modules = [module for root in roots for module in root.modules()]
+    _tapped.update(modules)
+    undo.call(lambda: _tapped.difference_update(modules))
+
+
+def _refuse_second_tap(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if module in _tapped:
+            where = f"its module {path!r}" if path else "it"
+            raise AlreadyAttached(
+                f"{type(model).__name__} cannot be attached: {where} has a tap. Call detach() on "
+                "that tap first, or widen its select= instead of attaching twice."
+            )
+
+
+def _refuse_compiled(model: nn.Module) -> None:
+    """Dynamo drops hooks that are registered after a module was compiled, without a word."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise NotSupported(
+            "TorchScript modules run no Python hooks; attach to the module before torch.jit.script."
+        )
+    for module in model.modules() if "torch._dynamo" in sys.modules else ():
+        if _has_compiled_code(module):
+            raise NotSupported(
+                f"{type(module).__name__} has run under torch.compile already, and compiled code "
+                "ignores hooks that come later. Attach before the first call, or call "
+                "torch.compiler.reset() first."
+            )
+
+
+def _has_compiled_code(module: nn.Module) -> bool:
+    from torch._dynamo.eval_frame import OptimizedModule
+
+    if isinstance(module, OptimizedModule) or "forward" in vars(module):
+        return False  # Its code is the wrapped module's, which is asked in its own turn.
+    code = getattr(type(module).forward, "__code__", None)
+    entries = torch._C._dynamo.eval_frame._debug_get_cache_entry_list
+    return code is not None and bool(entries(code))

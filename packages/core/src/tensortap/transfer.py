@@ -1,0 +1,269 @@
+"""Device -> host -> sink: bounded, asynchronous, accounted for.
+
+Hooks hand in records; one thread waits for their copies and writes them to the sink in order.
+`max_pending` bounds the host memory of payloads in flight, buffers kept for reuse included.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from tensortap.backends import Backend, Reduction, Snapshot
+from tensortap.config import OnFull
+from tensortap.errors import CaptureError
+from tensortap.records import TensorRecord
+from tensortap.sinks import TensorSink
+
+_PAGE = 4096
+_STATISTICS_AT_ONCE = 4096
+"""Unresolved statistics held before they are flushed inside a very long step."""
+
+
+class HostPool:
+    """Reused host buffers: a fresh allocation per tensor would cost a page fault per 4 KiB."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.used = 0
+        self.peak = 0
+        self._idle = 0
+        self._free: dict[tuple[int, bool], list[torch.Tensor]] = {}
+        self._lock = threading.Lock()
+        self._returned = threading.Condition(self._lock)
+
+    def take(self, nbytes: int, pinned: bool, *, wait: Callable[[], bool]) -> torch.Tensor | None:
+        """A uint8 buffer of at least `nbytes`; `None` once the pool is full and `wait` is False."""
+        size = _rounded(nbytes)
+        with self._lock:
+            while not self._make_room(size, (size, pinned)):
+                if not wait():
+                    return None
+                self._returned.wait(timeout=0.5)
+            self.used += size
+            self.peak = max(self.peak, self.used + self._idle)
+            idle = self._free.get((size, pinned))
+            if idle:
+                return idle.pop()
+        return torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+
+    def give(self, buffer: torch.Tensor) -> None:
+        """Return a buffer; its memory may be handed out again at once."""
+        with self._lock:
+            self.used -= buffer.nbytes
+            self._idle += buffer.nbytes
+            self._free.setdefault((buffer.nbytes, buffer.is_pinned()), []).append(buffer)
+            self._returned.notify_all()
+
+    def wake(self) -> None:
+        """Let waiting threads look at `wait` again."""
+        with self._lock:
+            self._returned.notify_all()
+
+    def clear(self) -> None:
+        """Free idle buffers."""
+        with self._lock:
+            self._free.clear()
+            self._idle = 0
+
+    def _make_room(self, size: int, key: tuple[int, bool]) -> bool:
+        """Claim `size` bytes of the limit, freeing idle buffers of other sizes if need be."""
+        if self.used + size > self.limit:
+            return False
+        if self._free.get(key):
+            self._idle -= size
+            return True
+        for other, buffers in list(self._free.items()):
+            while buffers and self.used + self._idle + size > self.limit:
+                self._idle -= other[0]
+                buffers.pop()
+        return True
+
+
+def _rounded(nbytes: int) -> int:
+    return max(_PAGE, -(-nbytes // _PAGE) * _PAGE)
+
+
+@dataclass(slots=True)
+class _Item:
+    """One tensor on its way under one or more names; without `snapshot` statistics only."""
+
+    records: Sequence[TensorRecord]
+    backend: Backend
+    reduction: Reduction
+    snapshot: Snapshot | None = None
+    buffer: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _StepEnd:
+    step: int
+
+
+class Transfer:
+    """Owns the sink after `open`: only the transfer thread writes to it."""
+
+    def __init__(
+        self,
+        sink: TensorSink,
+        *,
+        max_pending: int,
+        on_full: OnFull,
+        written: Callable[[TensorRecord], None],
+        failed: Callable[[BaseException], None],
+    ) -> None:
+        """`written` and `failed` are called from the transfer thread, `failed` at most once."""
+        self.pool = HostPool(max_pending)
+        self.failure: BaseException | None = None
+        self._sink = sink
+        self._on_full = on_full
+        self._written, self._failed = written, failed
+        self._statistics: list[_Item] = []
+        self._queue: deque[_Item | _StepEnd | None] = deque()
+        self._ready = threading.Condition()
+        self._busy = False
+        self._hand_in = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="tensortap-transfer", daemon=True)
+        self._thread.start()
+
+    def statistics(
+        self, records: Sequence[TensorRecord], backend: Backend, reduction: Reduction
+    ) -> None:
+        """Hand in a tensor without payload; it is written at the end of its step."""
+        with self._hand_in:
+            self._statistics.append(_Item(records, backend, reduction))
+            if len(self._statistics) >= _STATISTICS_AT_ONCE:
+                self._resolve()
+
+    def payload(
+        self,
+        records: Sequence[TensorRecord],
+        backend: Backend,
+        reduction: Reduction,
+        tensor: torch.Tensor,
+    ) -> str | None:
+        """Copy `tensor` and hand it in; returns why that was impossible, or `None`.
+
+        `tensor` itself may change as soon as this returns.
+        """
+        stride = records[0].stride
+        if _rounded(-(-tensor.numel() // stride) * tensor.element_size()) > self.pool.limit:
+            return self._borrow(_Item(records, backend, reduction), tensor)
+        taken: list[torch.Tensor] = []
+
+        def allocate(nbytes: int, pinned: bool) -> torch.Tensor:
+            buffer = self.pool.take(nbytes, pinned, wait=self._may_wait)
+            if buffer is None:
+                raise _Full
+            taken.append(buffer)
+            return buffer
+
+        try:
+            snapshot = backend.snapshot(tensor, allocate, stride=stride)
+        except _Full:
+            return "sink error" if self.failure else "dropped: max_pending was full"
+        self._put(_Item(records, backend, reduction, snapshot, taken[0] if taken else None))
+        return None
+
+    def _borrow(self, item: _Item, tensor: torch.Tensor) -> str | None:
+        """A tensor larger than the whole budget is written from its own memory, in the hook."""
+        if tensor.device.type != "cpu" or not tensor.is_contiguous() or item.records[0].stride > 1:
+            return f"dropped: {tensor.nbytes} bytes are more than max_pending; raise it"
+        item.snapshot = _Borrowed(tensor)
+        self._put(item)
+        self.drain()
+        return None
+
+    def _may_wait(self) -> bool:
+        return self._on_full == "wait" and self.failure is None and self._thread.is_alive()
+
+    def end_step(self, step: int) -> None:
+        """Resolve the statistics of the step in one batch and hand them in."""
+        with self._hand_in:
+            self._resolve()
+        self._put(_StepEnd(step))
+
+    def _resolve(self) -> None:
+        items, self._statistics = self._statistics, []
+        for backend in {id(item.backend): item.backend for item in items}.values():
+            same = [item for item in items if item.backend is backend]
+            done = backend.flush([item.reduction for item in same])
+            for item, stats in zip(same, done, strict=True):
+                item.records = [replace(record, stats=stats) for record in item.records]
+        self._put(*items)
+
+    def _put(self, *items: _Item | _StepEnd | None) -> None:
+        with self._ready:
+            self._queue.extend(items)
+            self._ready.notify_all()
+
+    def drain(self) -> None:
+        """Wait until everything handed in has reached the sink, or the capture has failed."""
+        with self._ready:
+            self._ready.wait_for(
+                lambda: not (self._queue or self._busy) or not self._thread.is_alive()
+            )
+
+    def close(self) -> None:
+        """Write what is left and end the thread; the sink is not closed here."""
+        with self._hand_in:
+            self._resolve()
+        self._put(None)
+        self._thread.join()
+        self.pool.clear()
+
+    def _run(self) -> None:
+        while True:
+            with self._ready:
+                self._ready.wait_for(lambda: self._queue)
+                item = self._queue.popleft()
+                self._busy = True
+            if item is not None and self.failure is None:
+                self._try(item)
+            if isinstance(item, _Item) and item.buffer is not None:
+                self.pool.give(item.buffer)
+            with self._ready:
+                self._busy = False
+                self._ready.notify_all()
+            if item is None:
+                return
+
+    def _try(self, item: _Item | _StepEnd) -> None:
+        """A sink may raise anything: the training run must not die of it, but must be told."""
+        try:
+            if isinstance(item, _StepEnd):
+                self._sink.end_step(item.step)
+            else:
+                self._write(item)
+        except BaseException as failure:
+            self.failure = failure
+            self._failed(failure)
+            self.pool.wake()
+
+    def _write(self, item: _Item) -> None:
+        payload = item.snapshot.host() if item.snapshot else None
+        if item.records[0].stats is None:
+            [stats] = item.backend.flush([item.reduction])
+            item.records = [replace(record, stats=stats) for record in item.records]
+        for record in item.records:
+            self._sink.write(record, payload)
+            self._written(record)
+
+
+class _Full(CaptureError):
+    """The pool is full and nobody may wait."""
+
+
+class _Borrowed:
+    """A snapshot that is the tensor itself; only while its hook is blocked."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor.detach()
+        self.nbytes = tensor.nbytes
+
+    def host(self) -> torch.Tensor:
+        return self._tensor

@@ -1,0 +1,76 @@
+"""Find the tensors inside what a module is given and returns."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from tensortap.names import escape
+
+
+def tensors_in(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """`(name, tensor)` pairs of a nested value, each tensor named by its path.
+
+    The first element of an outer tuple keeps the bare name: `output`, `output.1`, `output.2.0`.
+    Tuples, lists, mappings and dataclasses are walked; other objects are left alone.
+    """
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
+        for index, item in enumerate(value):
+            yield from _nested(name if index == 0 else f"{name}.{index}", item)
+    else:
+        yield from _nested(name, value)
+
+
+def _nested(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(value, torch.Tensor):
+        yield name, value
+        return
+    for key, item in _members(value):
+        yield from _nested(f"{name}.{escape(key)}", item)
+
+
+def _members(value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        yield from ((str(key), item) for key, item in value.items())
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        yield from zip(value._fields, value, strict=True)
+    elif isinstance(value, (tuple, list)):
+        yield from ((str(index), item) for index, item in enumerate(value))
+    elif is_dataclass(value) and not isinstance(value, type):
+        yield from ((f.name, getattr(value, f.name, None)) for f in fields(value))
+
+
+def arguments(
+    first: str | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Iterator[tuple[str, Any]]:
+    """Name the arguments of a call: the first parameter is `input` however it is passed.
+
+    Further positional arguments are `input.1`, …, keywords `input.attention_mask`.
+    """
+    for index, value in enumerate(args):
+        yield ("input" if index == 0 else f"input.{index}"), value
+    for key, value in kwargs.items():
+        yield ("input" if key == first and not args else f"input.{escape(key)}"), value
+
+
+def first_parameter(module: nn.Module) -> str | None:
+    """Name of the first parameter of a module's `forward`, or `None` when it has none."""
+    return _first_parameter(type(module))
+
+
+@lru_cache(maxsize=4096)
+def _first_parameter(kind: type[nn.Module]) -> str | None:
+    try:
+        parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
+    except (TypeError, ValueError):  # A forward implemented in C has no signature.
+        return None
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
+    return parameters[0].name if parameters and parameters[0].kind in named else None
