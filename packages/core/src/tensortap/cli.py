@@ -1,0 +1,268 @@
+"""`tensortap …`: look at runs, check them, convert them.
+
+Exit codes: 0 fine, 1 the answer is bad news (a gap, a broken plugin, a lost tail), 2 it could not
+be done. A user's mistake is one line on stderr, never a traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import EntryPoint, entry_points
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from tensortap.discovery import load_plugin
+from tensortap.doctor import examine
+from tensortap.errors import PluginError, TensortapError
+from tensortap.layouts import layout
+from tensortap.records import TensorRecord
+from tensortap.selection import Selection
+from tensortap.store import Run, RunDirectorySink, open_run, recover
+from tensortap.store.codec import encode_record
+
+app = typer.Typer(
+    name="tensortap",
+    help="See what happens to the numbers inside a model.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+_out = Console()
+_err = Console(stderr=True)
+
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Select = Annotated[str, typer.Option(help="Names: globs with commas, ! excludes, re: regex.")]
+Out = Annotated[Path, typer.Option(help="The folder to make; refused when it exists.")]
+LayoutName = Annotated[str, typer.Option("--layout", help="pt, or one a plugin brings.")]
+
+
+@app.command()
+def show(
+    run: RunPath,
+    select: Select = "*",
+    step: Annotated[int | None, typer.Option(help="Only this step.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Only this rank.")] = None,
+    limit: Annotated[int, typer.Option(min=0, help="Rows to print; 0 prints all.")] = 100,
+    as_json: AsJson = False,
+) -> None:
+    """Print the tensors of a run with their statistics, in execution order."""
+    with open_run(run) as opened:
+        wanted = Selection.parse(select)
+        if not any(wanted.matches(name) for name in opened.names()):
+            raise wanted.nothing_in(opened.names(), str(run))
+        records = opened.records(select, step=step, rank=rank)
+        shown = list(islice(records, limit or None))
+        more = sum(1 for _ in records)
+        if as_json:
+            tensors = [encode_record(record) for record in shown]
+            _print_json(_summary(opened) | {"tensors": tensors, "not_shown": more})
+            return
+        _print_summary(opened)
+        _out.print(_table(shown))
+        if more:
+            _out.print(f"… and {more:,} more: narrow --select or --step, or raise --limit.")
+
+
+def _summary(run: Run) -> dict[str, Any]:
+    coverage = run.coverage()
+    return {
+        "run": str(run.path),
+        "model": run.info.model_class,
+        "created": run.info.created,
+        "ranks": sorted(run.ranks),
+        "names": len(run.names()),
+        "steps": coverage.get("steps"),
+        "records": coverage.get("records"),
+        "complete": run.complete,
+        "problems": list(run.problems),
+    }
+
+
+def _print_summary(run: Run) -> None:
+    facts = _summary(run)
+    state = "[green]complete[/]" if run.complete else "[red]incomplete[/]"
+    _out.print(
+        f"[bold]{run.path}[/]  {facts['model']}, {len(facts['ranks'])} rank(s), "
+        f"{facts['names']} names, {state}"
+    )
+    for problem in facts["problems"]:
+        _out.print(f"  [yellow]{problem}[/]", highlight=False)
+
+
+def _table(records: list[TensorRecord]) -> Table:
+    table = Table(box=None, header_style="bold")
+    for heading in ("tensor", "step", "shape", "dtype"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("mean", "std", "absmax", "NaN", "Inf"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for record in records:
+        table.add_row(*_cells(record))
+    return table
+
+
+def _cells(record: TensorRecord) -> list[str]:
+    at, stats = record.at, record.stats
+    when = str(at.step)
+    when += f" mb{at.microbatch}" if at.microbatch else ""
+    when += f" call{at.call}" if at.call else ""
+    when += " eval" if at.eval else ""
+    when += " recompute" if at.recompute else ""
+    when += f" rank{at.rank}" if at.rank else ""
+    shape = "x".join(map(str, record.shape)) or "scalar"
+    cells = [str(record.name), when, shape, record.dtype]
+    if stats is None:
+        return [*cells, "-", "-", "-", "-", "-"]
+    numbers = [_number(value) for value in (stats.mean, stats.std, stats.absmax)]
+    return [*cells, *numbers, _count(stats.nan), _count(stats.posinf + stats.neginf)]
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _count(value: int) -> str:
+    return f"[red]{value:,}[/]" if value else "0"
+
+
+@app.command()
+def coverage(run: RunPath, as_json: AsJson = False) -> None:
+    """Print what was expected and is missing, with reasons; exit 1 when there is a gap."""
+    with open_run(run) as opened:
+        report = dict(opened.coverage())
+        problems = list(opened.problems)
+    if as_json:
+        _print_json(report | {"problems": problems})
+    else:
+        _print_coverage(report, problems)
+    raise typer.Exit(1 if report.get("gaps") or problems or not report.get("complete") else 0)
+
+
+def _print_coverage(report: dict[str, Any], problems: list[str]) -> None:
+    captured = report.get("captured", {})
+    _out.print(
+        f"{report.get('records', 0):,} records of {len(captured):,} tensors "
+        f"in {report.get('steps', 0):,} step(s)"
+    )
+    for title, colour in (("gaps", "red"), ("notes", "dim")):
+        rows = report.get(title, [])
+        _out.print(f"[{colour}]{len(rows)} {title}[/]")
+        for row in rows:
+            times = f" ({row['count']}x)" if row["count"] > 1 else ""
+            _out.print(f"  {row['name']}: {row['reason']}{times}", highlight=False, markup=False)
+    for problem in problems:
+        _out.print(f"  {problem}", style="yellow", highlight=False, markup=False)
+
+
+@app.command(name="recover")
+def recover_run(run: RunPath, as_json: AsJson = False) -> None:
+    """Finish a run whose process died: close its files, rebuild its index, count what is lost.
+
+    Exit 1 when something was lost.
+    """
+    report = recover(run)
+    if as_json:
+        _print_json(report.as_dict())
+    else:
+        _out.print(str(report), highlight=False, markup=False)
+    raise typer.Exit(1 if report.lost else 0)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Print versions, the statistics kernel, plugins and settings; exit 1 when one is broken."""
+    findings = examine()
+    if as_json:
+        _print_json([finding.as_dict() for finding in findings])
+    else:
+        for finding in findings:
+            mark = "[green]ok[/]  " if finding.fine else "[red]bad[/] "
+            _out.print(f"{mark} [bold]{finding.what}[/]  ", end="")
+            _out.print(finding.found, highlight=False, markup=False)
+    raise typer.Exit(0 if all(finding.fine for finding in findings) else 1)
+
+
+@app.command(name="export")
+def export_run(
+    run: RunPath, out: Out, name: LayoutName = "pt", select: Select = "*", as_json: AsJson = False
+) -> None:
+    """Write a run in another file layout; exit 1 when some records could not be written."""
+    with open_run(run) as opened, _progress("exporting") as progress:
+        moved = layout(name).export(opened, out, select, progress)
+    _print_moved(f"{moved.records:,} records in {moved.files:,} files: {out}", moved, as_json)
+
+
+@app.command(name="import")
+def import_folder(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What another tool wrote.")],
+    out: Out,
+    name: LayoutName = "pt",
+    as_json: AsJson = False,
+) -> None:
+    """Read another tool's files into a new run; exit 1 when some could not be read."""
+    with _progress("importing") as progress:
+        moved = layout(name).load(folder, RunDirectorySink(out), progress)
+    _print_moved(f"{moved.records:,} records from {moved.files:,} files: {out}", moved, as_json)
+
+
+def _print_moved(line: str, moved: Any, as_json: bool) -> None:
+    if as_json:
+        counts = {"records": moved.records, "files": moved.files}
+        _print_json(counts | {"skipped": list(moved.skipped)})
+    else:
+        _out.print(line, highlight=False, markup=False)
+        for reason in moved.skipped[:20]:
+            _out.print(f"skipped {reason}", highlight=False, markup=False)
+        if len(moved.skipped) > 20:
+            _out.print(f"… and {len(moved.skipped) - 20:,} more skipped")
+    raise typer.Exit(1 if moved.skipped else 0)
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int], None]]:
+    with Progress(console=_err, transient=True) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done: progress.update(task, completed=done, description=f"{what} {done:,}")
+
+
+def _print_json(content: Any) -> None:
+    sys.stdout.write(json.dumps(content, indent=2, default=str) + "\n")
+
+
+def _add_plugin_commands() -> None:
+    """Commands of other packages; a broken one stays listed and says what is wrong with it."""
+    for entry in entry_points(group="tensortap.commands"):
+        try:
+            command = load_plugin(entry)
+        except PluginError as error:
+            command = _broken(entry, error)
+        if isinstance(command, typer.Typer):
+            app.add_typer(command, name=entry.name)
+        else:
+            app.command(name=entry.name)(command)
+
+
+def _broken(entry: EntryPoint, error: PluginError) -> Callable[[], None]:
+    def command() -> None:
+        raise error
+
+    command.__doc__ = f"Broken: {entry.value} fails to load."
+    return command
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        _add_plugin_commands()
+        app(prog_name="tensortap")
+    except TensortapError as error:
+        _err.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(2)
