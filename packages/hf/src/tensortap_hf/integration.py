@@ -1,0 +1,168 @@
+"""The integration for Hugging Face transformers, found through the entry point `transformers`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from tensortap.integration import Observer, Site
+from tensortap.undo import Undo
+from tensortap_hf import attention, fused, generation, mixer
+from tensortap_hf.dims import axes
+from tensortap_hf.naming import Named, claim, named
+from tensortap_hf.words import INNER
+
+TESTED = ("5.20", "6")
+"""The transformers versions the tests run with: from the first, below the second."""
+
+_OWN_ATTENTION = "attention is computed inside the module, not through the attention interface"
+
+
+class HuggingFace:
+    """Names and taps transformers models; anything that holds one is served."""
+
+    name = "hf"
+    precedence = 10
+
+    def refuse(self, model: nn.Module) -> str | None:
+        """No transformers model in it, or a transformers older than the tests run with."""
+        if not _pretrained(model):
+            return f"{type(model).__name__} holds no transformers PreTrainedModel."
+        if _version(_installed()) < _version(TESTED[0]):
+            return (
+                f"transformers {_installed()} found; {TESTED[0]} or newer is supported. "
+                "Update it, or capture under native names with using='native'."
+            )
+        return None
+
+    def sites(self, model: nn.Module) -> Sequence[Site]:
+        """Every module under its canonical name, and the functions hooks cannot see."""
+        config = _pretrained(model)[0].config
+        modules = named(model, config)
+        taken = {found.name for found in modules}
+        silent = _silent(modules)
+        sites: list[Site] = []
+        for found in modules:
+            sites.append(
+                Site(
+                    found.name,
+                    found.native,
+                    found.module,
+                    dims=axes(found.name, found.module, config),
+                    placement=fused.placement(found.name, found.module, config),
+                    silent=silent.get(found.module),
+                )
+            )
+            sites += _functions(found, taken)
+        return sites
+
+    def install(
+        self, model: nn.Module, sites: Sequence[Site], observer: Observer, undo: Undo
+    ) -> None:
+        """Patch attention and mixer functions for the sites that are wanted, and `generate`."""
+        wanted = [site for site in sites if site.silent is None and observer.wants(site)]
+        if not wanted:
+            return
+        _install_functions([site for site in wanted if site.kind == "function"], observer, undo)
+        for outermost in _pretrained(model):
+            if callable(getattr(outermost, "generate", None)):
+                generation.install(outermost, observer, undo)
+        if _version(_installed()) >= _version(TESTED[1]):
+            observer.note("root", f"transformers {_installed()} is newer than tensortap-hf's tests")
+
+    def describe(self, model: nn.Module) -> Mapping[str, Any]:
+        """Configuration, the attention implementation in use, and the version of transformers."""
+        config = _pretrained(model)[0].config
+        implementation = getattr(config, "_attn_implementation", None)
+        return {
+            "model_config": {**config.to_dict(), "attn_implementation": implementation},
+            "versions": {"transformers": _installed()},
+        }
+
+
+integration = HuggingFace()
+
+
+def _pretrained(model: nn.Module) -> list[Any]:
+    """The outermost transformers models in `model`; loads nothing that is not loaded yet."""
+    library = sys.modules.get("transformers.modeling_utils")
+    return list(_outermost(model, library.PreTrainedModel)) if library is not None else []
+
+
+def _outermost(module: nn.Module, kind: type[nn.Module]) -> Iterator[nn.Module]:
+    if isinstance(module, kind):
+        yield module
+        return
+    for child in module.children():
+        yield from _outermost(child, kind)
+
+
+def _installed() -> str:
+    return str(sys.modules["transformers"].__version__)
+
+
+def _version(text: str) -> tuple[int, ...]:
+    """`"5.23.0.dev0"` -> `(5, 23)`: patch and development releases count as their minor."""
+    return tuple(int(part) for part in text.split(".")[:2])
+
+
+def _functions(found: Named, taken: set[str]) -> Iterator[Site]:
+    """The function sites of one module."""
+    core = _core(found)
+    if core is not None:
+        yield Site(
+            claim(taken, core, f"{found.native}.core"),
+            f"{found.native}:attention",
+            found.module,
+            kind="function",
+            tensors=attention.tensors(found.module),
+            dims=attention.DIMS,
+            silent=_unreachable(found.module),
+        )
+    for word in mixer.sites_of(found.module):
+        yield Site(
+            claim(taken, f"{found.name}.{word}", f"{found.native}.{word}"),
+            f"{found.native}:{word}",
+            found.module,
+            kind="function",
+            tensors=mixer.TENSORS[word],
+        )
+
+
+def _core(found: Named) -> str | None:
+    """The name of the attention function of a module, or `None` when it has none."""
+    if attention.uses_interface(found.module):
+        words = found.name.split(".")
+        inner = words[-1] in INNER and words[-2:-1] in (["attn"], ["cross_attn"])
+        return ".".join((words[:-1] if inner else words) + ["core"])
+    is_attention = found.name.endswith((".attn", ".cross_attn"))
+    delegates = any(attention.uses_interface(module) for module in found.module.modules())
+    return f"{found.name}.core" if is_attention and not delegates else None
+
+
+def _unreachable(module: nn.Module) -> str | None:
+    return attention.bypass(module) if attention.uses_interface(module) else _OWN_ATTENTION
+
+
+def _silent(modules: Sequence[Named]) -> Mapping[nn.Module, str]:
+    """Modules whose hooks never fire, and which function site stands in for each."""
+    return {
+        child: f"superseded by {found.name}.{site}"
+        for found in modules
+        for key, child in found.module.named_children()
+        if (site := mixer.superseded(found.module, key)) is not None
+    }
+
+
+def _install_functions(sites: Sequence[Site], observer: Observer, undo: Undo) -> None:
+    mixers: dict[nn.Module, list[Site]] = {}
+    for site in sites:
+        if site.tensors[0] == "query":
+            attention.install(site, observer, undo)
+        else:
+            mixers.setdefault(site.module, []).append(site)
+    for module, found in mixers.items():
+        mixer.install(module, found, observer, undo)
