@@ -135,7 +135,7 @@ LANES: dict[str, Lane] = {
     "stats": tensortap_lane,
     "stats+exponents": partial(tensortap_lane, exponents=True),
     "stats-4-phases": partial(tensortap_lane, phases=ALL_PHASES),
-    "stats-hf": partial(tensortap_lane, using="transformers"),
+    "stats-hf": partial(tensortap_lane, using=None),
     "full": partial(tensortap_lane, values="full"),
     "naive-stats": partial(naive, see=see_statistics),
     "naive-full": partial(naive, see=see_payload),

@@ -14,7 +14,10 @@ from email.message import Message
 from pathlib import Path
 
 import pytest
+import transformers
 from packaging.requirements import Requirement
+
+from tensortap_hf.integration import TESTED
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {
@@ -102,8 +105,8 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Wheel]:
 def fresh(wheels: dict[str, Wheel], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Python of an environment into which only `pip install "tensortap[hf]"` was run.
 
-    Third-party packages, pip among them, are lent to it from here, to save time and the network. Ours are not:
-    the wheels are their only source.
+    Third-party packages, pip among them, are lent to it from here, to save time and the network.
+    Ours are not: the wheels are their only source.
     """
     home = tmp_path_factory.mktemp("fresh")
     run(sys.executable, "-m", "venv", "--without-pip", home, cwd=home)
@@ -182,13 +185,13 @@ def test_the_integration_is_found_under_the_name_of_its_framework(wheels: dict[s
     assert not any(wheels[dist].entry_points.sections() for dist in placeholders)
 
 
-def test_the_framework_is_an_extra_that_allows_what_the_tests_run_with(
+def test_the_framework_is_an_extra_that_states_the_range_the_integration_checks(
     wheels: dict[str, Wheel],
 ) -> None:
-    import transformers
-
+    oldest, newest = TESTED
     framework = wheels["tensortap-hf"].requires("framework")
     assert set(framework) == {"transformers"}
+    assert framework["transformers"].specifier == Requirement(f"x>={oldest},<{newest}").specifier
     assert transformers.__version__ in framework["transformers"].specifier
 
 
