@@ -16,6 +16,7 @@ from tensortap.backends import Backend
 from tensortap.config import Settings
 from tensortap.coverage import Coverage
 from tensortap.errors import SelectionError
+from tensortap.graphs import outside_graph
 from tensortap.integration import Site
 from tensortap.names import interned
 from tensortap.records import Coordinates, FormatInfo, Placement, TensorRecord, Values
@@ -112,14 +113,19 @@ class Capture:
         self._backends: dict[str, Backend] = {}
         self._watched: dict[int, _Watched] = {}
         self._seq = itertools.count()
+        self.enter = outside_graph(self._enter)
+        """Begin a call of a site; `None` when its step is not selected."""
+        self.see = outside_graph(self._see)
+        """Record the selected tensors of a call, and have their gradients watched."""
+        self.emit = outside_graph(self._emit_guarded)
+        """Hand one tensor to the transfer under all its names; safe to call inside the model."""
 
     def stop(self, tell: Callable[[], None] | None = None) -> None:
         """Capture nothing from now on; the next call of a site tells why."""
         self.active = False
         self._on_stopped = tell
 
-    def enter(self, site: Site) -> SiteCall | None:
-        """Begin a call of a site; `None` when its step is not selected."""
+    def _enter(self, site: Site) -> SiteCall | None:
         if not self.active:
             if self._on_stopped is not None:
                 self._on_stopped()
@@ -127,21 +133,27 @@ class Capture:
         frame = self.clock.frame()
         return SiteCall(self, site, frame, frame.enter(site.name)) if frame.selected else None
 
-    def see(
-        self, call: SiteCall, key: str, value: Any, dims: str | None, format: FormatInfo | None
+    def _see(
+        self,
+        call: SiteCall,
+        tensors: Mapping[str, Any],
+        dims: Mapping[str, str],
+        format: FormatInfo | None,
     ) -> None:
-        """Record every selected tensor in `value`, and its gradient when backward brings it."""
-        for tensor_name, tensor in tensors_in(key, value):
-            values = self.choices(call.site.name, "forward", tensor_name)
-            if values is not None:
-                seen = Sighting(call.site, "forward", tensor_name, call.at, values, dims, format)
-                self.emit(tensor, [seen])
-            if tensor.requires_grad and torch.is_grad_enabled():
-                gradient = "grad_" + tensor_name
-                values = self.choices(call.site.name, "backward", gradient)
+        site, at = call.site, call.at
+        forward = replace(at, recompute=False) if at.recompute else at
+        for key, value in tensors.items() if self.active else ():
+            for name, tensor in tensors_in(key, value):
+                values = self.choices(site.name, "forward", name)
                 if values is not None:
-                    at = replace(call.at, recompute=False) if call.at.recompute else call.at
-                    seen = Sighting(call.site, "backward", gradient, at, values, dims)
+                    seen = Sighting(site, "forward", name, at, values, dims.get(key), format)
+                    self._emit_guarded(tensor, [seen])
+                if not (tensor.requires_grad and torch.is_grad_enabled()):
+                    continue
+                gradient = "grad_" + name
+                values = self.choices(site.name, "backward", gradient)
+                if values is not None:
+                    seen = Sighting(site, "backward", gradient, forward, values, dims.get(key))
                     self._watch(tensor, call.frame, seen)
 
     def _watch(self, tensor: torch.Tensor, frame: Frame, seen: Sighting) -> None:
@@ -160,8 +172,7 @@ class Capture:
         if self._watched.get(key) is watched:
             del self._watched[key]
 
-    def emit(self, tensor: torch.Tensor, seen: Sequence[Sighting]) -> None:
-        """Hand one tensor to the transfer under all its names; safe to call inside the model."""
+    def _emit_guarded(self, tensor: torch.Tensor, seen: Sequence[Sighting]) -> None:
         try:
             with torch.no_grad():
                 self._emit(tensor, seen)
@@ -227,15 +238,15 @@ class SiteCall:
         self.site, self.frame, self.at = site, frame, at
 
     def capture(
-        self, tensors: Mapping[str, Any], *, dims: Mapping[str, str] | None = None,
+        self,
+        tensors: Mapping[str, Any],
+        *,
+        dims: Mapping[str, str] | None = None,
         format: FormatInfo | None = None,
     ) -> None:
         """See `integration.Call.capture`."""
-        if not self._capture.active:
-            return
         named = self.site.dims if dims is None else {**self.site.dims, **dims}
-        for key, value in tensors.items():
-            self._capture.see(self, key, value, named.get(key), format)
+        self._capture.see(self, tensors, named, format)
 
 
 class _Watched:

@@ -71,9 +71,9 @@ def discover(model: nn.Module, using: str | None) -> Integration:
     Raises `NotSupported` when the one asked for cannot serve, `PluginError` for a plugin that
     fails to load, has another version than the core, or ties with another.
     """
-    installed = [NativeIntegration(), *_installed(using)]
     if using is not None:
-        return _named(using, installed, model)
+        return _named(using, model)
+    installed = (NativeIntegration(), *_installed())
     serving = [plugin for plugin in installed if plugin.refuse(model) is None]
     best = max(plugin.precedence for plugin in serving)
     winners = [plugin for plugin in serving if plugin.precedence == best]
@@ -86,23 +86,24 @@ def discover(model: nn.Module, using: str | None) -> Integration:
     return winners[0]
 
 
-def _named(using: str, installed: Sequence[Integration], model: nn.Module) -> Integration:
-    for plugin in installed:
+def _named(using: str, model: nn.Module) -> Integration:
+    known = []
+    for plugin in (NativeIntegration(), *_installed(untriggered=True)):
         if plugin.name == using:
             reason = plugin.refuse(model)
             if reason is not None:
                 raise NotSupported(f"using={using!r} cannot serve this model: {reason}")
             return plugin
+        known.append(plugin.name)
     raise NotSupported(
-        f"There is no integration {using!r}; installed: {nearest(using, [p.name for p in installed])}. "
-        f'Others come with pip install "tensortap[{using}]".'
+        f"There is no integration {using!r}; installed: {nearest(using, known)}. "
+        f'Others come as extras: pip install "tensortap[hf]".'
     )
 
 
-def _installed(using: str | None) -> Iterator[Integration]:
+def _installed(*, untriggered: bool = False) -> Iterator[Integration]:
     for entry in entry_points(group=GROUP):
-        triggered = entry.name in sys.modules
-        if triggered or using is not None:
+        if untriggered or entry.name in sys.modules:
             yield load_plugin(entry)
 
 

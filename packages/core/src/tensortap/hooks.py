@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from tensortap.capture import Capture, Choices, Sighting, SiteCall
+from tensortap.graphs import outside_graph
 from tensortap.integration import Site
 from tensortap.names import escape
 from tensortap.records import Coordinates
@@ -45,17 +46,7 @@ def _is(module: nn.Module, ours: nn.Module) -> bool:
     return module is ours or "_is_replica" in module.__dict__
 
 
-def outside_graph(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Have Dynamo call `function` instead of tracing it.
-
-    The mark is what `torch.compiler.disable` sets; that import alone would cost a second.
-    """
-    function._torchdynamo_disable = True  # type: ignore[attr-defined]
-    function._torchdynamo_disable_msg = "tensortap reads tensors"  # type: ignore[attr-defined]
-    return function
-
-
-class ContainerHooks(_Hook):
+class ContainerHooks:
     """Tells the clock where forwards of modules with children begin and end."""
 
     def __init__(self, capture: Capture, module: nn.Module) -> None:
@@ -65,11 +56,11 @@ class ContainerHooks(_Hook):
 
     def install(self, undo: Undo) -> None:
         """Hook the module; called before any capturing hook, `install_end` after them."""
-        undo.keep(self._module.register_forward_pre_hook(_Bound(self, "begin")))
+        undo.keep(self._module.register_forward_pre_hook(_Bound(self.begin)))
 
     def install_end(self, undo: Undo) -> None:
         """Hook the end, also of a forward that raises."""
-        undo.keep(self._module.register_forward_hook(_Bound(self, "end"), always_call=True))
+        undo.keep(self._module.register_forward_hook(_Bound(self.end), always_call=True))
 
     def begin(self, module: nn.Module, *_: Any) -> None:
         """Before the module's forward."""
@@ -90,23 +81,20 @@ class ContainerHooks(_Hook):
 class _Bound(_Hook):
     """A method as a hook that copies and pickles as nothing."""
 
-    def __init__(self, owner: Any, method: str) -> None:
-        self._call = outside_graph(_forwarder(getattr(owner, method)))
+    def __init__(self, method: Callable[..., None]) -> None:
+        _break_graphs_at_hooks()
+        self._method = method
 
     def __call__(self, *args: Any) -> None:
-        self._call(*args)
+        self._method(*args)
 
 
-def _forwarder(method: Callable[..., None]) -> Callable[..., None]:
-    """A plain function, because a mark on a bound method would land on its class."""
-
-    def call(*args: Any) -> None:
-        method(*args)
-
-    return call
+@functools.cache
+def _break_graphs_at_hooks() -> None:
+    _Bound.__call__ = outside_graph(_Bound.__call__)  # type: ignore[method-assign]
 
 
-class ModuleHooks(_Hook):
+class ModuleHooks:
     """Captures the inputs and outputs of one module, and has their gradients watched."""
 
     def __init__(self, capture: Capture, site: Site) -> None:
@@ -118,8 +106,8 @@ class ModuleHooks(_Hook):
     def install(self, undo: Undo) -> None:
         """Hook the module; inputs are captured before it runs, it may overwrite them."""
         module = self._site.module
-        undo.keep(module.register_forward_pre_hook(_Bound(self, "before"), with_kwargs=True))
-        undo.keep(module.register_forward_hook(_Bound(self, "after")))
+        undo.keep(module.register_forward_pre_hook(_Bound(self.before), with_kwargs=True))
+        undo.keep(module.register_forward_hook(_Bound(self.after)))
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Capture what the module is given."""
@@ -168,11 +156,12 @@ class ParameterHooks:
     def install(self, capture: Capture, undo: Undo) -> None:
         """Hook the parameters whose gradients are selected."""
         self._capture = capture
+        accumulated = _Bound(self._accumulated)
         for parameter in self._owners:
             if parameter.requires_grad and self._seen(parameter, "grad", Coordinates()):
                 if not parameter._post_accumulate_grad_hooks:
                     undo.call(functools.partial(_forget_hooks, parameter))
-                undo.keep(parameter.register_post_accumulate_grad_hook(self._accumulated))
+                undo.keep(parameter.register_post_accumulate_grad_hook(accumulated))
 
     def begin_step(self, frame: Frame) -> None:
         """Capture every selected parameter, as the first forward of the step will use it."""

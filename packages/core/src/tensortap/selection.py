@@ -9,12 +9,13 @@ A name is selected when some including pattern matches it (or there is none) and
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from tensortap.errors import ConfigError, SelectionError, nearest
+from tensortap.errors import ConfigError, SelectionError
 
 _BRACKETS = {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}
 
@@ -120,8 +121,17 @@ class Selection:
         wanted = self._include[0].text if self._include else "*"
         return SelectionError(
             f"The selection {self.text!r} matches nothing in {where}. "
-            f"Closest names: {nearest(wanted, names)}."
+            f"Closest names: {', '.join(map(repr, _closest(wanted, list(names))))}."
         )
+
+
+def _closest(pattern: str, names: list[str], limit: int = 5) -> list[str]:
+    """Names like the pattern; else everything of the modules whose path is most like its path."""
+    close = difflib.get_close_matches(pattern, names, limit, cutoff=0.8)
+    modules = list(dict.fromkeys(name.split("/")[0] for name in names))
+    module = pattern.split("/")[0].strip("*.")
+    alike = difflib.get_close_matches(module, modules, limit, cutoff=0.4) if module else []
+    return close or [f"{path}/*" for path in alike] or names[:limit]
 
 
 def _split(text: str) -> list[str]:

@@ -157,6 +157,7 @@ class Tap:
         plugins = [discover(root, self.settings.using) for root in roots]
         sites = [list(p.sites(root)) for p, root in zip(plugins, roots, strict=True)]
         every = [site for some in sites for site in some]
+        _refuse_same_names(every)
         choices = Choices(self.settings)
         self._roots = roots
         self._parameters = ParameterHooks(every, choices)
@@ -298,3 +299,15 @@ class Tap:
             self.detach()
         except CaptureError as failure:
             print(f"tensortap: {failure}", file=sys.stderr)
+
+
+def _refuse_same_names(sites: Sequence[Site]) -> None:
+    """Two places with one name could not be told apart in the run."""
+    seen: dict[str, Site] = {}
+    for site in sites:
+        first = seen.setdefault(site.name, site)
+        if first is not site:
+            raise ConfigError(
+                f"Two modules share the name {site.name!r} ({first.native!r} and {site.native!r}); "
+                "attach to models one by one, or to a module that holds them all."
+            )
