@@ -52,7 +52,7 @@ def wrapped(module: nn.Module) -> str | None:
     children = list(module._modules)
     if len(children) == 1 and children[0] in _WRAPPERS:
         return children[0]
-    if "peft_config" in vars(module):  # A PEFT model, and the tuner inside of it.
+    if type(module).__module__.startswith("peft."):  # A PEFT model, and the tuner inside of it.
         return next((key for key in ("base_model", "model") if key in children), None)
     return None
 
