@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import EntryPoint, entry_points, version
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from torch import nn
 
+import tensortap
 from tensortap.errors import NotSupported, PluginError, nearest
 from tensortap.integration import Integration, Observer, Site
 from tensortap.names import ROOT, escape
@@ -123,7 +124,7 @@ def load_plugin(entry: EntryPoint) -> Any:
 def _check_version(entry: EntryPoint, where: str) -> None:
     if entry.dist is None or not entry.dist.name.startswith("tensortap-"):
         return
-    core, plugin = version("tensortap"), entry.dist.version
+    core, plugin = tensortap.__version__, entry.dist.version
     if core.split(".")[:2] != plugin.split(".")[:2]:
         raise PluginError(
             f"The plugin {where} has version {plugin}, the core {core}; "

@@ -6,12 +6,12 @@ import platform
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
-from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import nn
 
+import tensortap
 from tensortap.config import Settings
 from tensortap.integration import Integration
 from tensortap.launch import launch_id
@@ -46,7 +46,7 @@ def describe_run(
 
 def _versions() -> dict[str, str]:
     return {
-        "tensortap": version("tensortap"),
+        "tensortap": tensortap.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": f"{sys.platform}-{platform.machine()}",
