@@ -39,6 +39,7 @@ from tensortap.store.layout import is_shard
 
 MAX_U32 = (1 << 32) - 1
 _MAX_DIMS = 64
+_NUMBER = re.compile(r"-?[0-9]{1,6}")
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 _COUNTS = ("count", "nan", "posinf", "neginf", "zero")
 _FLOATS = ("min", "max", "absmax", "mean", "std", "rms", "l1", "l2")
@@ -119,10 +120,10 @@ def decode_record(fields: Mapping[str, Any]) -> TensorRecord:
         values=values,
         stride=integer(fields, "stride", 1),
         dims=optional_text(fields, "dims"),
-        placement=_decode_placement(mapping(fields, "placement")) if "placement" in fields else None,
-        stats=_decode_statistics(mapping(fields, "stats")) if "stats" in fields else None,
-        payload=_decode_payload(array(fields, "payload")) if "payload" in fields else None,
-        format=_decode_format(mapping(fields, "format")) if "format" in fields else None,
+        placement=_decode_placement(fields) if "placement" in fields else None,
+        stats=_decode_statistics(fields) if "stats" in fields else None,
+        payload=_decode_payload(fields) if "payload" in fields else None,
+        format=_decode_format(fields) if "format" in fields else None,
     )
     check_payload(record)
     return record
@@ -170,14 +171,16 @@ def _decode_coordinates(fields: Mapping[str, Any]) -> Coordinates:
     )
 
 
-def _decode_statistics(fields: Mapping[str, Any]) -> Statistics:
-    first = array(fields, "first")
+def _decode_statistics(record: Mapping[str, Any]) -> Statistics:
+    fields = mapping(record, "stats")
+    count, nan, posinf, neginf, zero = (integer(fields, key) for key in _COUNTS)
+    floats = (number(fields.get(key), key) for key in _FLOATS)
+    low, high, absmax, mean, std, rms, l1, l2 = floats
     return Statistics(
-        *(integer(fields, key) for key in _COUNTS),
-        *(number(fields.get(key), key) for key in _FLOATS),
-        first=tuple(_definite(value) for value in first),
+        count, nan, posinf, neginf, zero, low, high, absmax, mean, std, rms, l1, l2,
+        first=tuple([_definite(value) for value in array(fields, "first")]),
         exponents=_decode_exponents(fields),
-    )
+    )  # fmt: skip
 
 
 def _definite(value: Any) -> float:
@@ -194,7 +197,8 @@ def _decode_exponents(fields: Mapping[str, Any]) -> dict[int, int] | None:
     return {_axis(key, "exponent"): whole(count, "exponents") for key, count in found.items()}
 
 
-def _decode_payload(fields: list[Any]) -> PayloadRef:
+def _decode_payload(record: Mapping[str, Any]) -> PayloadRef:
+    fields = array(record, "payload")
     if len(fields) != 4:
         raise ValueError("payload must be shard, offset, bytes and digest")
     shard, offset, nbytes, digest = fields
@@ -205,12 +209,14 @@ def _decode_payload(fields: list[Any]) -> PayloadRef:
     return PayloadRef(shard, whole(offset, "offset"), whole(nbytes, "nbytes"), digest)
 
 
-def _decode_format(fields: Mapping[str, Any]) -> FormatInfo:
+def _decode_format(record: Mapping[str, Any]) -> FormatInfo:
+    fields = mapping(record, "format")
     block = None if fields.get("block") is None else integer(fields, "block")
     return FormatInfo(text(fields, "name"), block, optional_text(fields, "rounding"))
 
 
-def _decode_placement(fields: Mapping[str, Any]) -> Placement:
+def _decode_placement(record: Mapping[str, Any]) -> Placement:
+    fields = mapping(record, "placement")
     if flag(fields, "unknown"):
         return Placement(unknown=True)
     partial = array(fields, "partial")
@@ -233,7 +239,9 @@ def _decode_placement(fields: Mapping[str, Any]) -> Placement:
 def _decode_part(fields: Any) -> Part:
     if not isinstance(fields, list) or len(fields) != 3 or not isinstance(fields[0], str):
         raise ValueError("a part must be module, axis and segments")
-    return Part(fields[0], whole(fields[1], "axis", _MAX_DIMS), _segments(fields[2]))
+    if type(fields[1]) is not int or abs(fields[1]) > _MAX_DIMS:
+        raise ValueError("the axis of a part must be a small number")
+    return Part(fields[0], fields[1], _segments(fields[2]))
 
 
 def _segments(runs: Any) -> tuple[Segment, ...]:
@@ -255,7 +263,6 @@ def _sizes(sizes: list[Any], key: str) -> tuple[int, ...]:
 
 
 def _axis(key: str, what: str) -> int:
-    try:
-        return int(key)
-    except ValueError:
-        raise ValueError(f"{key[:20]!r} is not an {what}") from None
+    if not _NUMBER.fullmatch(key):
+        raise ValueError(f"{key[:20]!r} is not an {what}")
+    return int(key)

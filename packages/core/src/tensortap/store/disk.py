@@ -13,6 +13,7 @@ if sys.platform != "win32":
 READ_SAFELY = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 """Open for reading, but neither through a link nor waiting for the other end of a FIFO."""
 
+
 def write_all(descriptor: int, data: bytes | bytearray | memoryview) -> None:
     """Write every byte, or raise `OSError`; `os.write` alone may stop half-way."""
     view = memoryview(data)

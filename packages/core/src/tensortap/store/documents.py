@@ -40,6 +40,7 @@ def read_document(path: Path) -> dict[str, Any]:
         schema = integer(body, "schema")
     except (ValueError, RecursionError) as failure:
         raise RunCorrupt(f"{path}: {failure}.") from failure
+    del body["schema"]
     if schema != SCHEMA:
         raise RunCorrupt(f"{path} has schema {schema}; this version reads {SCHEMA}. Upgrade.")
     return body

@@ -20,6 +20,7 @@ from tensortap.errors import RunError
 from tensortap.names import TensorName
 from tensortap.records import TensorRecord
 from tensortap.store.codec import decode_name
+from tensortap.store.disk import replace_file
 from tensortap.store.fields import text
 from tensortap.store.layout import INDEX, NAMES, open_regular, read_small
 from tensortap.store.lines import decode_line, encode_line
@@ -104,6 +105,25 @@ def load_index(directory: Path, size: int) -> Index | None:
         return None  # derived data: whatever is wrong with it, the lines have the truth
     index = Index(rows, names)
     return index if _tiles(index, size) and intact(rows) else None
+
+
+def stored_index_is_whole(directory: Path, size: int) -> bool:
+    """Does the stored index account for every byte of records, but for half a line?"""
+    index = load_index(directory, size)
+    return index is not None and index.covered == size
+
+
+def save_index(directory: Path, index: Index) -> None:
+    """Replace both files of the index; raises `OSError`."""
+    lines = [encode_line({"name": str(name), "native": native}) for name, native in index.names]
+    # Names first: more names than rows use are harmless, fewer would not be.
+    replace_file(directory / NAMES, b"".join(lines), sync=True)
+    replace_file(directory / INDEX, HEAD + index.rows.tobytes(), sync=True)
+
+
+def count_rows(path: Path) -> int:
+    """How many rows index.bin has, whatever they say; raises as `load_index` does not."""
+    return len(_map_rows(path))
 
 
 def _load_names(path: Path) -> tuple[Named, ...]:

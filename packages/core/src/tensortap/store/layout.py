@@ -55,9 +55,9 @@ def rank_directories(run: Path) -> dict[int, Path]:
     found: dict[int, Path] = {}
     for entry in os.scandir(run):
         match = _RANK_DIRECTORY.fullmatch(entry.name)
-        if match and entry.name == rank_directory(int(match.group(1))):
-            if entry.is_dir(follow_symlinks=False):
-                found[int(match.group(1))] = run / entry.name
+        rank = int(match.group(1)) if match else -1
+        if entry.name == rank_directory(rank) and entry.is_dir(follow_symlinks=False):
+            found[rank] = run / entry.name
     return dict(sorted(found.items()))
 
 

@@ -24,7 +24,7 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
         raise ValueError(f"a {tensor.layout} tensor on {tensor.device} has no bytes to write")
     whole = tensor.detach().resolve_conj().resolve_neg().contiguous()
     # As numpy, because numpy knows uint8 while it lacks bfloat16 and all smaller floats.
-    return memoryview(whole.reshape(-1).view(torch.uint8).numpy())
+    return whole.reshape(-1).view(torch.uint8).numpy().data
 
 
 class PayloadWriter:

@@ -77,9 +77,9 @@ def pack_bad_row(offset: int, length: int, line: int) -> bytes:
 
 def seal(packed: bytes | bytearray) -> bytes:
     """Packed rows with their hashes filled in."""
-    rows = np.frombuffer(bytes(packed), dtype=ROW).copy()
+    rows: Rows = np.frombuffer(bytearray(packed), dtype=ROW)
     rows["check"] = _hashes(rows)
-    return rows.tobytes()
+    return bytes(rows.tobytes())
 
 
 def intact(rows: Rows) -> bool:

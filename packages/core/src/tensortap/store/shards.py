@@ -29,6 +29,9 @@ LARGEST_ROOM = 8 << 20
 MAX_HEADER = 100_000_000
 """safetensors refuses longer headers."""
 
+LOST = "__lost"
+"""Key prefix of bytes that a killed run left behind."""
+
 _SPACES = b" " * (1 << 20)
 _MAX_KEY = 1024  # a longer name is clipped, so that any key fits an empty shard
 _PAD_COST = 96  # an entry of a pad, at most
@@ -57,7 +60,7 @@ class Entry:
 
 def filler(start: int, end: int) -> Entry:
     """Bytes that belong to no record: alignment, or what a killed run left behind."""
-    kind = "__pad" if end - start < ALIGNMENT else "__lost"
+    kind = "__pad" if end - start < ALIGNMENT else LOST
     return Entry(f"{kind}.{start}", "U8", (end - start,), start, end)
 
 

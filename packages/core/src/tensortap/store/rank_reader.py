@@ -1,0 +1,254 @@
+"""Reading one rank of a run: its lines through the index, its payloads through memory maps."""
+
+from __future__ import annotations
+
+import os
+import struct
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from xxhash import xxh3_128_hexdigest
+
+from tensortap.errors import NotSupported, RunCorrupt, RunError
+from tensortap.records import RunInfo, TensorRecord
+from tensortap.store.codec import payload_shape
+from tensortap.store.disk import is_locked
+from tensortap.store.documents import decode_info, read_document
+from tensortap.store.dtypes import STORED
+from tensortap.store.fields import integer, mapping
+from tensortap.store.index import Index, IndexBuilder, count_rows, load_index
+from tensortap.store.layout import COVERAGE, INDEX, RANK, RECORDS, open_regular
+from tensortap.store.lines import MAX_LINE
+from tensortap.store.rows import BAD, pack_row, same_row
+from tensortap.store.scan import decode_of_rank, lines_of
+
+
+class StaleIndex(RunCorrupt):
+    """A row of the index contradicts its line; after `rebuild` the query is asked again."""
+
+
+class RankReader:
+    """One `rank…/` directory, opened for reading; nothing in it is changed."""
+
+    def __init__(self, directory: Path, rank: int) -> None:
+        self.directory = directory
+        self.rank = rank
+        self._problems: dict[str, None] = {}  # a set that keeps the order
+        self._index: Index | None = None
+        self._records = self._open_records()
+        self.size = 0 if self._records is None else os.fstat(self._records).st_size
+        self.live = is_locked(directory / RECORDS)
+        self._state = self._read_state()
+        self.info = self._read_info()
+
+    def _open_records(self) -> int | None:
+        try:
+            return open_regular(self.directory / RECORDS)
+        except FileNotFoundError:
+            self._problem(f"{self.directory / RECORDS} is missing")
+        except RunError as failure:
+            self._problem(str(failure))
+        return None
+
+    def _read_state(self) -> dict[str, Any]:
+        try:
+            return read_document(self.directory / RANK)
+        except FileNotFoundError:
+            self._problem(f"{self.directory / RANK} is missing")
+        except RunError as failure:
+            self._problem(str(failure))
+        return {}
+
+    def _read_info(self) -> RunInfo | None:
+        if not self._state:
+            return None
+        try:
+            info = decode_info(mapping(self._state, "info"), self.directory / RANK)
+            if info.rank != self.rank:
+                raise ValueError(f"says that it is of rank {info.rank}")
+            return info
+        except (RunCorrupt, ValueError) as failure:
+            self._problem(f"{self.directory / RANK}: {failure}")
+            return None
+
+    def close(self) -> None:
+        """Close the files; tensors that were handed out stay valid."""
+        if self._records is not None:
+            os.close(self._records)
+            self._records = None
+
+    def _problem(self, text: str) -> None:
+        self._problems[text] = None
+
+    @property
+    def problems(self) -> list[str]:
+        """What is wrong with this rank; lines that were not parsed yet may add to it."""
+        self._describe_end()
+        self._describe_tail()
+        return list(self._problems)
+
+    def _describe_end(self) -> None:
+        state = self.state
+        if self.live:
+            self._problem(f"{self.directory}: is still being written")
+        elif state == "failed":
+            self._problem(f"{self.directory}: capture failed: {self._state.get('reason')}")
+        elif state == "writing":
+            self._problem(f"{self.directory}: the run was interrupted before it was closed")
+        elif state == "recovered":
+            self._problem(f"{self.directory}: the run was interrupted, and recovered since")
+
+    def _describe_tail(self) -> None:
+        index = self.index
+        if index.covered < self.size and not self.live:
+            self._problem(
+                f"{self.directory / RECORDS}: the last {self.size - index.covered} bytes are "
+                "half a line, one record is lost"
+            )
+        if self.lost_records:
+            self._problem(
+                f"{self.directory / RECORDS}: {self.lost_records} records at its end are lost"
+            )
+
+    @property
+    def state(self) -> str:
+        """How the writer left this rank: writing, closed, failed or recovered; else unknown."""
+        state = self._state.get("state")
+        return state if state in ("writing", "closed", "failed", "recovered") else "unknown"
+
+    @property
+    def bad_lines(self) -> int:
+        """How many lines cannot be read."""
+        return int(np.count_nonzero(self.index.rows["flags"] & BAD))
+
+    @property
+    def lost_records(self) -> int:
+        """How many records are known to have been written and have no line any more."""
+        return max(self._expected_records() - len(self.index.rows), 0)
+
+    def _expected_records(self) -> int:
+        """How many lines the rank is known to have written."""
+        try:
+            if "records" in self._state:
+                return integer(self._state, "records")
+            return count_rows(self.directory / INDEX)
+        except (FileNotFoundError, RunError, ValueError):
+            return 0
+
+    @property
+    def index(self) -> Index:
+        """The index; from the file, completed from lines written since, or made from the lines."""
+        if self._index is None:
+            known = load_index(self.directory, self.size)
+            self._index = self._complete(known)
+            self._report_bad_lines(self._index)
+        return self._index
+
+    def rebuild(self) -> None:
+        """Forget the stored index, which lied, and make a new one from the lines."""
+        self._index = self._complete(None)
+        self._report_bad_lines(self._index)
+
+    def _complete(self, known: Index | None) -> Index:
+        """`known` and what the lines after it say."""
+        start = 0 if known is None else known.covered
+        if self._records is None:
+            return Index(EMPTY, ())
+        if known is not None and start == self.size:
+            return known
+        builder = IndexBuilder(known)
+        for line in lines_of(self._records, start, self.size):
+            try:
+                builder.add(line.decode(self.rank), line.offset, line.length)
+            except (ValueError, struct.error):
+                builder.add_bad(line.offset, line.length)
+        return builder.index(known)
+
+    def _report_bad_lines(self, index: Index) -> None:
+        for position in np.flatnonzero(index.rows["flags"] & BAD):
+            try:
+                self.record(int(position))
+            except StaleIndex:  # the line is whole, whatever the index says
+                self.rebuild()
+                return
+
+    def record(self, position: int) -> TensorRecord | None:
+        """The record of a row; `None` (and a problem) when its line is damaged.
+
+        Raises `StaleIndex` when line and row are both whole and yet contradict each other.
+        """
+        row = self.index.rows[position]
+        place = (int(row["name"]), int(row["offset"]), int(row["length"]), int(row["line"]))
+        try:
+            record = decode_of_rank(self._line(row), self.rank)
+            packed = pack_row(record, *place)
+        except (ValueError, struct.error) as failure:
+            self._problem(f"{self.directory / RECORDS}:{row['line']}: {failure}")
+            return None
+        named = self.index.names[int(row["name"])] if self.index.names else None
+        if named != (record.name, record.native) or not same_row(row, packed):
+            raise StaleIndex
+        return record
+
+    def _line(self, row: np.void) -> bytes:
+        if self._records is None:
+            raise RunError(f"{self.directory} was closed.")
+        if row["length"] > MAX_LINE:
+            raise ValueError(f"{row['length']} bytes are no line of a run")
+        text = os.pread(self._records, int(row["length"]), int(row["offset"]))
+        if len(text) != row["length"] or not text.endswith(b"\n"):
+            raise ValueError("the line is cut short")
+        return text[:-1]
+
+    def payload(self, record: TensorRecord, *, verify: bool) -> torch.Tensor:
+        """The stored tensor, mapped into memory; raises `RunCorrupt` naming file and range."""
+        ref = record.payload
+        if ref is None:
+            raise RunError(f"{record.name} has no payload in {self.directory}.")
+        path = self.directory / ref.shard
+        where = f"{path}: {record.name}, bytes {ref.offset} to {ref.offset + ref.nbytes}"
+        stored = STORED.get(record.dtype)
+        if stored is None:
+            raise NotSupported(f"{where}: torch {torch.__version__} has no dtype {record.dtype}.")
+        storage = _map(path, ref.offset + ref.nbytes, where)
+        raw = torch.empty(0, dtype=torch.uint8).set_(storage, ref.offset, (ref.nbytes,))  # type: ignore[call-overload]
+        if verify and xxh3_128_hexdigest(raw.numpy().data) != ref.digest:
+            raise RunCorrupt(f"{where}: the bytes do not match their digest.")
+        try:
+            typed: torch.Tensor = raw.view(stored.torch)
+            return typed.view(payload_shape(record))
+        except RuntimeError as failure:
+            raise RunCorrupt(f"{where}: {str(failure).splitlines()[0]}.") from failure
+
+    def coverage(self) -> dict[str, Any] | None:
+        """The coverage report of this rank, or `None`; raises `RunCorrupt`."""
+        try:
+            return read_document(self.directory / COVERAGE)
+        except FileNotFoundError:
+            return None
+
+
+EMPTY = IndexBuilder().index().rows
+
+
+def _map(path: Path, end: int, where: str) -> torch.UntypedStorage:
+    """A private mapping of a shard's first `end` bytes: writing to it changes no file."""
+    try:
+        descriptor = open_regular(path)  # refuses links and what is no file
+        size = os.fstat(descriptor).st_size
+        os.close(descriptor)
+    except FileNotFoundError:
+        raise RunCorrupt(f"{where}: the file is missing.") from None
+    if end > size:
+        raise RunCorrupt(f"{where}: the file has only {size} bytes.")
+    if end == 0:
+        return torch.empty(0, dtype=torch.uint8).untyped_storage()
+    try:
+        return cast(
+            torch.UntypedStorage,
+            torch.UntypedStorage.from_file(str(path), shared=False, nbytes=end),
+        )
+    except RuntimeError as failure:
+        raise RunError(f"{where}: {str(failure).splitlines()[0]}.") from failure
