@@ -26,7 +26,8 @@ DEV_TOOLS := pytest pytest-xdist hypothesis mypy ruff
 
 # A change in one of these installs again; the packages' own sources are used where they lie.
 INPUTS := constraints.txt $(wildcard packages/*/pyproject.toml) \
-    $(wildcard packages/core/hatch_build.py packages/core/src/tensortap/native/*.c)
+    packages/core/hatch_build.py packages/core/src/tensortap/native/build.py \
+    $(wildcard packages/core/src/tensortap/native/*.[ch])
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint bench clean

@@ -202,6 +202,7 @@ def test_an_sdist_builds_the_same_wheel(
     sdist = build(ROOT / "packages" / FOLDERS[dist], "sdist", tmp_path)
     run(sys.executable, "-m", "tarfile", "-e", sdist, tmp_path, cwd=tmp_path)
     (unpacked,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    assert not list(unpacked.rglob("*.so")), "a library of this machine in the sources for others"
     rebuilt = Wheel.open(build(unpacked, "wheel", tmp_path / "again"))
     assert rebuilt.files == wheels[dist].files
 
