@@ -79,9 +79,7 @@ class Choices:
         if all(site.silent for site in selected) and not self._any(parameters):
             for site in selected:
                 raise SelectionError(f"{site.name} cannot be captured: {site.silent}.")
-            names = [
-                f"{site.name}/forward/{tensor}" for site in sites for tensor in site.tensors
-            ]
+            names = [f"{site.name}/forward/{tensor}" for site in sites for tensor in site.tensors]
             raise self._settings.select.nothing_in([*names, *parameters], "this model")
         return selected
 
@@ -146,14 +144,14 @@ class Capture:
             for name, tensor in tensors_in(key, value):
                 values = self.choices(site.name, "forward", name)
                 if values is not None:
-                    seen = Sighting(site, "forward", name, at, values, dims.get(key), format)
+                    seen = Sighting(site, "forward", name, at, values, dims.get(name), format)
                     self._emit_guarded(tensor, [seen])
                 if not (tensor.requires_grad and torch.is_grad_enabled()):
                     continue
                 gradient = "grad_" + name
                 values = self.choices(site.name, "backward", gradient)
                 if values is not None:
-                    seen = Sighting(site, "backward", gradient, forward, values, dims.get(key))
+                    seen = Sighting(site, "backward", gradient, forward, values, dims.get(name))
                     self._watch(tensor, call.frame, seen)
 
     def _watch(self, tensor: torch.Tensor, frame: Frame, seen: Sighting) -> None:
