@@ -267,7 +267,7 @@ def test_the_last_step_is_flushed_at_exit_without_detach(tmp_path, ending):
     script = f"""
         import torch, tensortap
         model = torch.nn.Linear(4, 4)
-        tap = tensortap.attach(model, {str(tmp_path / 'run')!r}, values="full")
+        tap = tensortap.attach(model, {str(tmp_path / "run")!r}, values="full")
         model(torch.ones(2, 4)).sum().backward()
         {ending}
     """

@@ -162,7 +162,7 @@ class Capture:
         watched = self._watched.get(id(tensor))
         if watched is None or not watched.is_for(tensor):
             watched = self._watched[id(tensor)] = _Watched(tensor, frame, self)
-            tensor.register_hook(watched.fire)
+            tensor.register_hook(watched.fire)  # type: ignore[no-untyped-call]
         watched.seen.append(seen)
 
     def forget(self, key: int, watched: _Watched) -> None:
@@ -284,7 +284,7 @@ def _stride(numel: int) -> int:
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's piece of a DTensor; any other subclass as it is."""
+    """The piece of a DTensor that this rank holds; any other subclass as it is."""
     dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
     if dtensor is not None and isinstance(tensor, dtensor):
         local: torch.Tensor = tensor.to_local()

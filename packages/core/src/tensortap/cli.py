@@ -35,7 +35,9 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-_out = Console()
+_WIDE = 200
+"""Columns of a table that goes to a file or a pipe, where nothing needs to be folded."""
+_out = Console(width=None if sys.stdout.isatty() else _WIDE)
 _err = Console(stderr=True)
 
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
@@ -100,8 +102,9 @@ def _print_summary(run: Run) -> None:
 
 def _table(records: list[TensorRecord]) -> Table:
     table = Table(box=None, header_style="bold")
-    for heading in ("tensor", "step", "shape", "dtype"):
-        table.add_column(heading, overflow="fold")
+    table.add_column("tensor", overflow="fold", min_width=30)
+    for heading in ("step", "shape", "dtype"):
+        table.add_column(heading, no_wrap=True)
     for heading in ("mean", "std", "absmax", "NaN", "Inf"):
         table.add_column(heading, justify="right", no_wrap=True)
     for record in records:

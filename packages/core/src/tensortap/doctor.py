@@ -9,7 +9,6 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 
 import torch
 
-import tensortap
 from tensortap import native
 from tensortap.config import Settings
 from tensortap.discovery import load_plugin

@@ -16,4 +16,4 @@ def outside_graph(function: Callable[P, R]) -> Callable[P, R]:
 
     Call it at attach rather than at import: the first call imports Dynamo.
     """
-    return cast("Callable[P, R]", torch.compiler.disable(function))
+    return cast("Callable[P, R]", torch.compiler.disable(function))  # type: ignore[no-untyped-call]

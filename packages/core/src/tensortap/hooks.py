@@ -159,9 +159,10 @@ class ParameterHooks:
         accumulated = _Bound(self._accumulated)
         for parameter in self._owners:
             if parameter.requires_grad and self._seen(parameter, "grad", Coordinates()):
+                register = parameter.register_post_accumulate_grad_hook
                 if not parameter._post_accumulate_grad_hooks:
                     undo.call(functools.partial(_forget_hooks, parameter))
-                undo.keep(parameter.register_post_accumulate_grad_hook(accumulated))
+                undo.keep(register(accumulated))  # type: ignore[no-untyped-call]
 
     def begin_step(self, frame: Frame) -> None:
         """Capture every selected parameter, as the first forward of the step will use it."""
@@ -199,7 +200,7 @@ def _outside_calls(frame: Frame) -> Coordinates:
 def _forget_hooks(parameter: nn.Parameter) -> None:
     """A parameter that never had such a hook has `None` there, not an empty dictionary."""
     if not parameter._post_accumulate_grad_hooks:
-        parameter._post_accumulate_grad_hooks = None
+        parameter._post_accumulate_grad_hooks = None  # type: ignore[assignment]
 
 
 def ancestors(root: nn.Module, tapped: Iterable[nn.Module]) -> list[nn.Module]:

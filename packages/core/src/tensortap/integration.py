@@ -47,7 +47,10 @@ class Call(Protocol):
     """One call of a site: fixes the coordinates of everything captured in it."""
 
     def capture(
-        self, tensors: Mapping[str, Any], *, dims: Mapping[str, str] | None = None,
+        self,
+        tensors: Mapping[str, Any],
+        *,
+        dims: Mapping[str, str] | None = None,
         format: FormatInfo | None = None,
     ) -> None:
         """Capture forward tensors now, and their gradients as `grad_…` when backward runs.

@@ -1,4 +1,4 @@
-"""This process among the processes of a job: rank, world size, launch id, run directory."""
+"""Where a process stands in its job: rank, world size, launch id, run directory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ import torch
 from tensortap.records import RunInfo
 
 _LAUNCHER = (
-    "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "SLURM_JOB_ID", "MASTER_ADDR",
+    "TORCHELASTIC_RUN_ID",
+    "TORCHELASTIC_RESTART_COUNT",
+    "SLURM_JOB_ID",
+    "MASTER_ADDR",
     "MASTER_PORT",
 )
 

@@ -22,7 +22,11 @@ _PIECE = {"cpu": 1 << 16}
 _DEVICE_PIECE = 1 << 22
 """Elements reduced at a time: what fits a core's cache, and elsewhere what keeps a device busy."""
 _ROW = 11
-"""Numbers per piece: finite, nan, posinf, neginf, zero, min, max, mean, M2, l1, unit."""
+"""Numbers per piece: finite, nan, posinf, neginf, zero, min, max, mean, M2, l1, unit.
+
+`mean` is the distance from the origin: means near 1e9 rounded to float64 could not tell 1e-8
+between two pieces.
+"""
 _BIG, _UNIT = 2.0**480, 2.0**600
 
 _FLOAT32_HOLDS = frozenset({
@@ -65,39 +69,39 @@ def check(tensor: torch.Tensor) -> None:
 def raw(tensor: torch.Tensor, *, exponents: bool = False) -> torch.Tensor:
     """What `finish` needs, as one float64 vector on the tensor's device; never waits for it.
 
-    A flag for exponents, their histogram, how many leading values there are, those padded to
-    `LEADING`, and one row of `_ROW` numbers for each piece of the tensor.
+    A flag for exponents, their histogram, the origin of means, how many leading values there
+    are, those padded to `LEADING`, and one row of `_ROW` numbers for each piece of the tensor.
     """
     check(tensor)
     tensor = tensor.detach()
     stored, repeat = _without_repeats(tensor)
     limit = _PIECE.get(tensor.device.type, _DEVICE_PIECE)
+    first = _first(tensor)
+    origin = _origin(first)
     rows, powers = [], []
     for piece in _pieces(stored, limit):
         values = _values(piece)
-        rows.append(_row(values))
+        rows.append(_row(values, origin))
         if exponents:
             powers.append(_powers(piece, values))
     found = _fill(tensor, 0.0, 0, _ROW) if not rows else torch.stack(rows)
     if repeat != 1:
-        found[:, :5] *= repeat
-        found[:, 8:10] *= repeat
+        found.narrow(1, 0, 5).mul_(repeat)
+        found.narrow(1, 8, 2).mul_(repeat)
     histogram = [sum(powers, _fill(tensor, 0, EXPONENTS)) * repeat] if exponents else []
-    first = _values(_leading(tensor, LEADING)).to(torch.float64)[:LEADING]
+    flag, leading = _fill(tensor, exponents, 1), _fill(tensor, first.numel(), 1)
     padding = _fill(tensor, 0.0, LEADING - first.numel())
-    header = [_fill(tensor, bool(histogram), 1), *histogram, _fill(tensor, first.numel(), 1)]
-    return torch.cat([*header, first, padding, found.reshape(-1)])
+    return torch.cat([flag, *histogram, origin.view(1), leading, first, padding, found.reshape(-1)])
 
 
 def finish(raw: torch.Tensor) -> Statistics:
     """Statistics from the vector `raw` returned, once it is on the host."""
     numbers: list[float] = raw.tolist()
     start = 1 + (EXPONENTS if numbers[0] else 0)
-    leading = int(numbers[start])
-    first = tuple(numbers[start + 1 : start + 1 + leading])
-    body = numbers[start + 1 + LEADING :]
-    rows = [body[at : at + _ROW] for at in range(0, len(body), _ROW)]
-    return _report(rows, first, _histogram(numbers[1:start]) if numbers[0] else None)
+    powers = _histogram(numbers[1:start]) if numbers[0] else None
+    origin, leading, *body = numbers[start:]
+    rows = [body[at : at + _ROW] for at in range(LEADING, len(body), _ROW)]
+    return _report(rows, origin, tuple(body[: int(leading)]), powers)
 
 
 def _fill(tensor: torch.Tensor, value: float, *shape: int) -> torch.Tensor:
@@ -128,7 +132,12 @@ def _pieces(tensor: torch.Tensor, limit: int) -> Iterator[torch.Tensor]:
     else:
         rows = max(1, limit * tensor.shape[0] // tensor.numel())
         for block in torch.split(tensor, rows):
-            yield from _pieces(block[0] if rows == 1 else block, limit)
+            yield from _pieces(block.select(0, 0) if rows == 1 else block, limit)
+
+
+def _first(tensor: torch.Tensor) -> torch.Tensor:
+    values = _values(_leading(tensor, LEADING)).to(torch.float64)
+    return values.narrow(0, 0, min(LEADING, values.numel()))
 
 
 def _leading(tensor: torch.Tensor, count: int) -> torch.Tensor:
@@ -136,9 +145,16 @@ def _leading(tensor: torch.Tensor, count: int) -> torch.Tensor:
     while tensor.ndim > 1 and tensor.numel():
         inner = math.prod(tensor.shape[1:])
         if inner < count:
-            return tensor[: -(-count // inner)].reshape(-1)[:count]
-        tensor = tensor[0]
-    return tensor.reshape(-1)[:count]
+            return tensor.narrow(0, 0, min(tensor.shape[0], -(-count // inner))).reshape(-1)
+        tensor = tensor.select(0, 0)
+    return tensor.reshape(-1).narrow(0, 0, min(count, tensor.numel()))
+
+
+def _origin(first: torch.Tensor) -> torch.Tensor:
+    """A value of the tensor itself: never farther from the mean than the farthest of them."""
+    if first.numel() == 0:
+        return _fill(first, 0.0)
+    return torch.nan_to_num(first.select(0, 0), nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _values(piece: torch.Tensor) -> torch.Tensor:
@@ -160,9 +176,9 @@ def _fp4_values(packed: torch.Tensor) -> torch.Tensor:
     return torch.where(codes > 7, -size, size)
 
 
-def _row(values: torch.Tensor) -> torch.Tensor:
+def _row(values: torch.Tensor, origin: torch.Tensor) -> torch.Tensor:
     finite = None if _plain(values) else torch.isfinite(values)
-    kept = values if finite is None else torch.where(finite, values, 0)
+    kept = _masked(values, finite)
     if finite is None:
         zero = _fill(values, 0)
         counts = [_fill(values, values.numel()), zero, zero, zero]
@@ -173,7 +189,8 @@ def _row(values: torch.Tensor) -> torch.Tensor:
         lo = torch.where(finite, values, math.inf).amin()
         hi = torch.where(finite, values, -math.inf).amax()
     ends = [_count(values == 0), lo.to(torch.float64), hi.to(torch.float64)]
-    return torch.stack([*counts, *ends, *_moments(kept, finite, counts[0], torch.maximum(-lo, hi))])
+    unit = _unit(torch.maximum(torch.maximum(-lo, hi), origin.abs().to(lo.dtype)))
+    return torch.stack([*counts, *ends, *_moments(kept, finite, counts[0], origin, unit), unit])
 
 
 def _plain(values: torch.Tensor) -> bool:
@@ -185,22 +202,32 @@ def _count(mask: torch.Tensor) -> torch.Tensor:
     return mask.sum(dtype=torch.float64)
 
 
-def _moments(
-    kept: torch.Tensor, finite: torch.Tensor | None, count: torch.Tensor, absmax: torch.Tensor
-) -> list[torch.Tensor]:
-    """Mean, M2 and l1, in units that keep squares inside float64, and that unit."""
-    kept, unit = kept.to(torch.float64), torch.ones_like(count)
-    l1 = None
+def _unit(absmax: torch.Tensor) -> torch.Tensor:
+    """A power of two to divide by before squaring; only float64 leaves its own range."""
+    unit = torch.ones_like(absmax, dtype=torch.float64)
     if absmax.dtype is torch.float64:
         unit = torch.where(absmax > _BIG, _UNIT, unit)
         unit = torch.where((absmax < 1 / _BIG) & (absmax > 0), 1 / _UNIT, unit)
-        kept = kept / unit
-    mean = kept.sum() / count.clamp(min=1)
-    l1 = torch.linalg.vector_norm(kept, 1)
-    deviation = kept - mean
-    if finite is not None:
-        deviation = torch.where(finite, deviation, 0)
-    return [mean, deviation.square_().sum(), l1, unit]
+    return unit
+
+
+def _moments(
+    kept: torch.Tensor,
+    finite: torch.Tensor | None,
+    count: torch.Tensor,
+    origin: torch.Tensor,
+    unit: torch.Tensor,
+) -> list[torch.Tensor]:
+    """Mean, M2 and l1 in units of `unit`, the mean as seen from `origin`."""
+    wide = kept / unit if kept.dtype is torch.float64 else kept.to(torch.float64)
+    deviation = _masked(wide - origin / unit, finite)
+    mean = deviation.sum() / count.clamp(min=1)
+    m2 = _masked(deviation - mean, finite).square_().sum()
+    return [mean, m2, torch.linalg.vector_norm(wide, 1)]
+
+
+def _masked(values: torch.Tensor, finite: torch.Tensor | None) -> torch.Tensor:
+    return values if finite is None else torch.where(finite, values, 0)
 
 
 def _powers(piece: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -209,7 +236,7 @@ def _powers(piece: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     counted = torch.isfinite(values) & (values != 0)
     place = torch.where(counted, exponent - EXPONENT_MIN, EXPONENTS)
     counts = _fill(values, 0, EXPONENTS + 1)
-    return counts.index_add_(0, place, counted.to(torch.float64))[:EXPONENTS]
+    return counts.index_add_(0, place, counted.to(torch.float64)).narrow(0, 0, EXPONENTS)
 
 
 _WIDE = (torch.int64, torch.uint64)
@@ -248,7 +275,10 @@ class _Moments:
 
 
 def _report(
-    rows: Sequence[Sequence[float]], first: tuple[float, ...], exponents: dict[int, int] | None
+    rows: Sequence[Sequence[float]],
+    origin: float,
+    first: tuple[float, ...],
+    exponents: dict[int, int] | None,
 ) -> Statistics:
     finite, nan, posinf, neginf, zero = (int(sum(row[at] for row in rows)) for at in range(5))
     count = finite + nan + posinf + neginf
@@ -261,9 +291,10 @@ def _report(
         scale = row[10] / unit
         total.add(row[0], row[7] * scale, row[8] * scale * scale, row[9] * scale)
     lo, hi = min(row[5] for row in rows) + 0.0, max(row[6] for row in rows) + 0.0
-    squares = total.m2 + total.mean * total.mean * finite
+    mean = origin / unit + total.mean
+    squares = total.m2 + mean * mean * finite
     return Statistics(
-        count, nan, posinf, neginf, zero, lo, hi, max(abs(lo), abs(hi)), total.mean * unit,
+        count, nan, posinf, neginf, zero, lo, hi, max(abs(lo), abs(hi)), mean * unit,
         math.sqrt(total.m2 / finite) * unit, math.sqrt(squares / finite) * unit,
         total.l1 * unit, math.sqrt(squares) * unit, first, exponents,
     )  # fmt: skip

@@ -122,7 +122,10 @@ class StepClock:
                 self._finish()
             first = not self._ran
             frame = Frame(
-                self.step, self._ran[root, evaluation], self._rank, evaluation,
+                self.step,
+                self._ran[root, evaluation],
+                self._rank,
+                evaluation,
                 self.step in self._steps,
             )
             self._ran[root, evaluation] += 1

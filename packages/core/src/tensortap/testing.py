@@ -206,5 +206,4 @@ def _allocate(nbytes: int, pinned: bool) -> torch.Tensor:
 
 def _first_tensor(output: object) -> torch.Tensor:
 
-
     return next(tensor for _, tensor in tensors_in("output", output)).detach().clone()

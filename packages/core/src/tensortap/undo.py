@@ -1,9 +1,9 @@
 """Every edit of an object we do not own records its own inverse, in the same line.
 
-    with Undo() as undo:                       # anything raised in the block undoes all of it
-        undo.replace(module, "forward", tapped)
-        undo.keep(module.register_forward_hook(hook))
-    undo.run()                                 # later: back to exactly what was there
+with Undo() as undo:                       # anything raised in the block undoes all of it
+    undo.replace(module, "forward", tapped)
+    undo.keep(module.register_forward_hook(hook))
+undo.run()                                 # later: back to exactly what was there
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _report_foreign(place: str) -> None:
 
 
 def _title(owner: Any) -> str:
-    return getattr(owner, "__qualname__", None) or getattr(owner, "__name__", type(owner).__name__)
+    return str(getattr(owner, "__qualname__", getattr(owner, "__name__", type(owner).__name__)))
 
 
 class SharedPatch:

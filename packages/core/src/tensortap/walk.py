@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -63,13 +62,8 @@ def arguments(
 
 def first_parameter(module: nn.Module) -> str | None:
     """Name of the first parameter of a module's `forward`, or `None` when it has none."""
-    return _first_parameter(type(module))
-
-
-@lru_cache(maxsize=4096)
-def _first_parameter(kind: type[nn.Module]) -> str | None:
     try:
-        parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
+        parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
     except (TypeError, ValueError):  # A forward implemented in C has no signature.
         return None
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)

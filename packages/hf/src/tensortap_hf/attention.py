@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from tensortap.hooks import outside_graph
+from tensortap.graphs import outside_graph
 from tensortap.integration import Call, Observer, Site
 from tensortap.undo import SharedPatch, Undo
 from tensortap_hf import bytecode

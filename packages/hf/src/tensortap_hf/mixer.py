@@ -16,7 +16,8 @@ from typing import Any
 
 from torch import nn
 
-from tensortap.hooks import Inert, outside_graph
+from tensortap.graphs import outside_graph
+from tensortap.hooks import Inert
 from tensortap.integration import Call, Observer, Site
 from tensortap.undo import SharedPatch, Undo
 from tensortap_hf import bytecode

@@ -41,7 +41,8 @@ typedef uint16_t STORED stored_u16;
 typedef uint32_t STORED stored_u32;
 typedef uint64_t STORED stored_u64;
 
-/* Moments of the finite values; `count` is how many those are. */
+/* Moments of the finite values; `count` is how many those are. `mean` is the distance from the
+ * tensor's origin: means near 1e9 rounded to float64 could not tell 1e-8 between two blocks. */
 typedef struct {
     int64_t count, nan, posinf, neginf, zero;
     double lo, hi, mean, m2, l1;
@@ -143,7 +144,8 @@ static const stored_double *decode_double(int kind, const void *from, int64_t n,
 /* `sums_`: the one pass, right if all values are finite; else l1 comes out NaN or infinite.
  * `finite_`: the slow path, counts the values that are not and closes the gaps they leave. */
 #define REDUCTION(TYPE, STORED_TYPE, IN_UNITS)                                              \
-    CLONES static void sums_##TYPE(const STORED_TYPE *x, int64_t n, double scale, part *out) \
+    CLONES static void sums_##TYPE(const STORED_TYPE *x, int64_t n, double scale, double origin, \
+                                   part *out)                                               \
     {                                                                                       \
         const double shift = IN_UNITS(x[0]);                                                \
         double sum = 0.0, squares = 0.0, l1 = 0.0;                                          \
@@ -162,7 +164,7 @@ static const stored_double *decode_double(int kind, const void *from, int64_t n,
             zero += value == 0;                                                             \
         }                                                                                   \
         const double m2 = squares - sum * (sum / (double)n);                                \
-        *out = (part){n, 0, 0, 0, zero, lo, hi, shift + sum / (double)n,                    \
+        *out = (part){n, 0, 0, 0, zero, lo, hi, (shift - origin) + sum / (double)n,         \
                       m2 > 0.0 ? m2 : 0.0, l1};                                             \
     }                                                                                       \
     static int64_t finite_##TYPE(const STORED_TYPE *x, int64_t n, TYPE *kept, part *out)     \
@@ -177,9 +179,10 @@ static const stored_double *decode_double(int kind, const void *from, int64_t n,
         }                                                                                   \
         return count;                                                                       \
     }                                                                                       \
-    static void reduce_##TYPE(const STORED_TYPE *x, int64_t n, double scale, part *out)      \
+    static void reduce_##TYPE(const STORED_TYPE *x, int64_t n, double scale, double origin,  \
+                              part *out)                                                    \
     {                                                                                       \
-        sums_##TYPE(x, n, scale, out);                                                      \
+        sums_##TYPE(x, n, scale, origin, out);                                              \
         if (isfinite(out->l1))                                                              \
             return;                                                                         \
         TYPE kept[BLOCK];                                                                   \
@@ -187,7 +190,7 @@ static const stored_double *decode_double(int kind, const void *from, int64_t n,
         const int64_t count = finite_##TYPE(x, n, kept, &odd);                              \
         *out = NOTHING;                                                                     \
         if (count)                                                                          \
-            sums_##TYPE(kept, count, scale, out);                                           \
+            sums_##TYPE(kept, count, scale, origin, out);                                   \
         out->nan = odd.nan;                                                                 \
         out->posinf = odd.posinf;                                                           \
         out->neginf = odd.neginf;                                                           \

@@ -27,7 +27,7 @@ typedef struct {
 typedef struct {
     walk w;
     int kind;
-    double scale;
+    double scale, origin; /* the origin in units of 1 / scale */
     int64_t chunks, next;
     part *parts;
     int64_t *codes; /* byte kinds: how often each of the 256 occurs */
@@ -67,7 +67,7 @@ static void block_of_doubles(const job *j, const void *raw, int64_t n, part *out
 {
     double decoded[BLOCK];
     const stored_double *x = decode_double(j->kind, raw, n, decoded);
-    reduce_double(x, n, j->scale, out);
+    reduce_double(x, n, j->scale, j->origin, out);
     if (counts && (j->kind == I64 || j->kind == U64))
         exponents_integer(j->kind, raw, n, counts);
     else if (counts)
@@ -79,7 +79,7 @@ static void block_of_floats(const job *j, const void *raw, int64_t n, part *out,
 {
     float decoded[BLOCK];
     const stored_float *x = decode_float(j->kind, raw, n, decoded);
-    reduce_float(x, n, 1.0, out);
+    reduce_float(x, n, 1.0, j->origin, out);
     if (counts)
         exponents_float(x, n, counts);
 }
@@ -161,6 +161,23 @@ static void take_chunks(void *argument)
     fesetenv(&before);
 }
 
+static double value_of(int kind, const char *at)
+{
+    float decoded;
+    double wide;
+    if (is_double(kind))
+        return *decode_double(kind, at, 1, &wide);
+    return *decode_float(kind, at, 1, &decoded);
+}
+
+/* A value of the tensor itself: never farther from the mean than the farthest of them. */
+static double origin_of(const job *j)
+{
+    char buffer[8];
+    const double value = value_of(j->kind, fetch(&j->w, 0, 1, buffer));
+    return isfinite(value) ? value : 0.0;
+}
+
 static void run(job *j, int64_t threads)
 {
     j->next = 0;
@@ -182,6 +199,7 @@ static part merged(const job *j)
  * `unit` comes out as that unit, which mean, m2 and l1 are then in. */
 static part reduce(job *j, int64_t threads, double *unit)
 {
+    j->origin = j->w.count ? origin_of(j) : 0.0;
     run(j, threads);
     part all = merged(j);
     const double absmax = fmax(-all.lo, all.hi);
@@ -191,6 +209,7 @@ static part reduce(job *j, int64_t threads, double *unit)
         return all;
     }
     j->scale = 1.0 / *unit;
+    j->origin *= j->scale;
     j->exponents = NULL; /* counted in the first pass */
     run(j, threads);
     return merged(j);
@@ -230,15 +249,6 @@ static part reduce_codes(job *j, int64_t threads)
     return all;
 }
 
-static double value_of(int kind, const char *at)
-{
-    float decoded;
-    double wide;
-    if (is_double(kind))
-        return *decode_double(kind, at, 1, &wide);
-    return *decode_float(kind, at, 1, &decoded);
-}
-
 /* The leading values in logical order, which storage order need not be. */
 static void lead(const job *j, int64_t count, int64_t axes, const int64_t *dims, double *first)
 {
@@ -261,11 +271,11 @@ static void lead(const job *j, int64_t count, int64_t axes, const int64_t *dims,
     }
 }
 
-/* Moments of `repeat` copies of the values, in units of `unit`, as the statistics to report. */
-static void report(const part *all, double repeat, double unit, result *out)
+/* Moments of `times` copies of the values, in units of `unit`, as the statistics to report. */
+static void report(const part *all, double origin, int64_t times, double unit, result *out)
 {
-    const int64_t times = (int64_t)repeat;
-    const double n = (double)all->count * repeat;
+    const double repeat = (double)times, n = (double)all->count * repeat;
+    const double mean = origin + all->mean;
     out->count = (all->count + all->nan + all->posinf + all->neginf) * times;
     out->nan = all->nan * times;
     out->posinf = all->posinf * times;
@@ -276,8 +286,8 @@ static void report(const part *all, double repeat, double unit, result *out)
     out->min = all->lo + 0.0; /* -0.0 and 0.0 are equal: which one wins would be chance */
     out->max = all->hi + 0.0;
     out->absmax = fmax(fabs(all->lo), fabs(all->hi));
-    const double squares = (all->m2 + all->mean * all->mean * (double)all->count) * repeat;
-    out->mean = all->mean * unit;
+    const double squares = (all->m2 + mean * mean * (double)all->count) * repeat;
+    out->mean = mean * unit;
     out->std = sqrt(all->m2 * repeat / n) * unit;
     out->rms = sqrt(squares / n) * unit;
     out->l1 = all->l1 * repeat * unit;
@@ -303,7 +313,7 @@ int64_t tensortap_statistics(const void *data, int64_t kind, int64_t count, int6
     fesetenv(FE_DFL_ENV);
     const part all = kind < BYTE_KINDS ? reduce(&j, threads, &unit) : reduce_codes(&j, threads);
     memset(out, 0, sizeof *out);
-    report(&all, (double)w.repeat, unit, out);
+    report(&all, j.origin, w.repeat, unit, out);
     lead(&j, count, axes, dims, out->first);
     for (int i = 0; exponents && w.repeat > 1 && i < EXPONENTS; i++)
         exponents[i] *= w.repeat;

@@ -136,7 +136,7 @@ class RankWriter:
         self._lines += self._pending.count(b"\n", 0, kept)
         self._written += kept
         self._torn = True
-        self._pending.clear()
+        self._pending = bytearray()  # the old one is still held by the failed write's traceback
         os.ftruncate(self._records, self._written)
 
     def flush(self, *, sync: bool) -> None:

@@ -28,7 +28,7 @@ ROW = np.dtype(
         ("offset", "<i8"), ("length", "<u4"), ("line", "<u4"), ("check", "<u8"),
     ]
 )  # fmt: skip
-_PACK = struct.Struct("<IIqII16s5q8dqqIIQ")
+_PACK = struct.Struct("<IIQII16s5Q8dQQIIQ")  # unsigned: a negative number is refused
 _NOTHING = (0, 0, 0, 0, 0, *[float("nan")] * 8)
 _BLOCK = 1 << 16  # rows hashed at once: bounds the temporary memory
 
