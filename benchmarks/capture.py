@@ -110,7 +110,7 @@ def row_of(lane: str, samples: Samples, baseline: Samples) -> Row:
     """Medians over the rounds."""
 
     def median(key: str, of: Samples = samples) -> float:
-        return statistics.median(report[key] for report in of.reports)
+        return float(statistics.median(report[key] for report in of.reports))
 
     plain = statistics.median(samples.plain_writes) if samples.plain_writes else None
     return Row(
@@ -162,9 +162,14 @@ def main() -> None:
     versions: dict[str, str] = {}
     for samples in results.values():
         versions |= samples.reports[-1]["versions"]
-    setup = f"{plan.rounds} rounds of {plan.steps} steps after {plan.warmup} to warm up"
+    quiet = [report["median"] for report in results[BASELINE].reports]
+    setup = {
+        "setup": f"{plan.rounds} rounds of {plan.steps} steps after {plan.warmup} to warm up",
+        "threads": str(results[BASELINE].reports[0]["threads"]),
+        "untapped step": f"{min(quiet):.3f} s to {max(quiet):.3f} s in {len(quiet)} processes",
+    }
     show(rows)
-    write_results(out, rows, {**started, "setup": setup, **versions})
+    write_results(out, rows, {**started, **setup, **versions})
 
 
 if __name__ == "__main__":

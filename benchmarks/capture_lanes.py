@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_leaves
 Step = Callable[[], AbstractContextManager[Any]]
 Lane = Callable[[nn.Module, Path], AbstractContextManager[Step]]
 
-NEVER = "1000000"
-"""A step that no benchmark reaches."""
+WARM_UP = "0"
+"""The step before the measured ones: a capture that ends with nothing is an error."""
 
 
 @contextmanager
@@ -131,7 +131,7 @@ LANES: dict[str, Lane] = {
     "untapped": untapped,
     "disabled": partial(tensortap_lane, enabled=False),
     "nothing-selected": partial(tensortap_lane, ranks="1"),
-    "other-steps": partial(tensortap_lane, steps=NEVER),
+    "other-steps": partial(tensortap_lane, steps=WARM_UP),
     "stats": tensortap_lane,
     "stats+exponents": partial(tensortap_lane, exponents=True),
     "stats-4-phases": partial(tensortap_lane, phases=ALL_PHASES),

@@ -66,7 +66,7 @@ def read_run(path: Path) -> tuple[int, int]:
 
 def versions() -> dict[str, str]:
     """What ran, as far as it is installed here."""
-    found = {"torch": torch.__version__}
+    found = {"torch": str(torch.__version__)}
     for package in PACKAGES:
         try:
             found[package] = version(package)
