@@ -38,7 +38,7 @@ help:
 demo: $(VENV)/demo.stamp
 	@rm -rf build/demo
 	TENSORTAP_DIR=build/demo $(VENV)/bin/python examples/quickstart_hf.py
-	$(VENV)/bin/tensortap show build/demo/*
+	$(VENV)/bin/tensortap show build/demo/* --step 0 --select "layers.0.*/forward/*"
 	$(VENV)/bin/tensortap coverage build/demo/*
 
 test: $(VENV)/dev.stamp
