@@ -44,7 +44,7 @@ def _load_compiler(path: Path) -> ModuleType:
 
 
 def _platform() -> str:
-    """Of the machine that builds; a wheel for others to download is relabelled by auditwheel or delocate."""
+    """Of the building machine; wheels to publish are relabelled by auditwheel or delocate."""
     return sysconfig.get_platform().replace("-", "_").replace(".", "_")
 
 
