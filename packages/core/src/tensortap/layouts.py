@@ -7,6 +7,7 @@ group `tensortap.layouts`.
 
 from __future__ import annotations
 
+import json
 import re
 import uuid
 from collections.abc import Callable
@@ -140,7 +141,8 @@ def _read(path: Path) -> tuple[TensorRecord, torch.Tensor]:
     """One file; anything wrong with it is a `RunError` that names it. Runs no code from it."""
     try:
         content = torch.load(path, weights_only=True, map_location="cpu")
-        record, tensor = decode_record(content["record"]), content["tensor"].contiguous()
+        fields = json.loads(json.dumps(content["record"]))  # Tuples become the lists of a line.
+        record, tensor = decode_record(fields), content["tensor"].contiguous()
     except Exception as error:
         raise RunError(f"{path} is not a tensor file of the layout 'pt': {error}") from error
     return record, tensor

@@ -1,0 +1,159 @@
+"""The command line: what it prints, how it exits, and one line for a user's mistake."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tests.core.models import Mlp
+
+import tensortap
+from tensortap.cli import main
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """Run `tensortap ARGS`; returns (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["tensortap", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        printed = capsys.readouterr()
+        assert "Traceback" not in printed.out + printed.err
+        return stopped.value.code or 0, printed.out, printed.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    path = tmp_path_factory.mktemp("runs") / "mlp"
+    torch.manual_seed(0)
+    model = Mlp().eval()
+    with tensortap.attach(model, path, values={"up.*": "full", "up/*": "full"}):
+        for _ in range(2):
+            model(torch.randn(3, 8)).sum().backward()
+    return path
+
+
+def test_show_prints_a_row_for_each_record(cli, run):
+    code, out, _ = cli("show", run)
+    assert code == 0
+    assert "Mlp" in out
+    assert "complete" in out
+    record = next(tensortap.open_run(run).records("up/forward/output", step=1))
+    [row] = [line for line in out.splitlines() if line.split()[:2] == ["up/forward/output", "1"]]
+    assert row.split()[2:4] == ["3x16", "float32"]
+    assert row.split()[4:7] == [
+        f"{getattr(record.stats, s):.4g}" for s in ("mean", "std", "absmax")
+    ]
+
+
+def test_show_narrows_and_says_how_much_it_left_out(cli, run):
+    code, out, _ = cli("show", run, "--select", "up/*", "--step", 0, "--limit", 2)
+    assert code == 0
+    assert "… and " in out
+    assert "down/" not in out
+
+
+def test_show_as_json(cli, run):
+    code, out, _ = cli("show", run, "--json", "--select", "up/forward/output")
+    shown = json.loads(out)
+    assert code == 0
+    assert shown["complete"]
+    assert [tensor["step"] for tensor in shown["tensors"]] == [0, 1]
+
+
+def test_coverage_exits_with_one_on_a_gap_only(cli, run, tmp_path):
+    code, out, _ = cli("coverage", run)
+    assert code == 0
+    assert "0 gaps" in out
+    model = Mlp()
+    with tensortap.attach(model, tmp_path / "gap", select="up/*,down/*"):
+        model.up(torch.ones(1, 8))
+    code, out, _ = cli("coverage", tmp_path / "gap")
+    assert code == 1
+    assert "down: selected, but never called" in out
+    code, out, _ = cli("coverage", tmp_path / "gap", "--json")
+    assert (code, json.loads(out)["gaps"][0]["name"]) == (1, "down")
+
+
+def test_doctor_finds_everything_well(cli):
+    code, out, _ = cli("doctor")
+    assert code == 0
+    for word in ("torch", "statistics kernel", "devices", "environment"):
+        assert word in out
+
+
+def test_doctor_names_a_broken_setting(cli, monkeypatch):
+    monkeypatch.setenv("TENSORTAP_STEPS", "all of them")
+    code, out, _ = cli("doctor", "--json")
+    assert code == 1
+    assert any("TENSORTAP_STEPS" in row["found"] for row in json.loads(out) if not row["fine"])
+
+
+def test_recover_reports_and_leaves_a_whole_run_alone(cli, run):
+    code, out, _ = cli("recover", run)
+    assert code == 0
+    assert out.strip()
+
+
+def test_export_and_import_give_the_same_run_again(cli, run, tmp_path):
+    code, out, _ = cli("export", run, "--out", tmp_path / "pt", "--layout", "pt")
+    assert code == 1  # The statistics-only records cannot be exported, and are named.
+    assert "skipped root/forward/input" in out
+    assert cli("export", run, "--out", tmp_path / "up", "--select", "up/*")[0] == 0
+    assert cli("import", tmp_path / "up", "--out", tmp_path / "back")[0] == 0
+    before, after = tensortap.open_run(run), tensortap.open_run(tmp_path / "back")
+    assert after.names() == [name for name in before.names() if name.startswith("up/")]
+    for record in before.records("up/*"):
+        [same] = [r for r in after.records(str(record.name)) if r.at == record.at]
+        assert same.stats == record.stats
+        assert torch.equal(after.piece(same), before.piece(record))
+
+
+def test_a_pt_file_is_loadable_with_weights_only_and_holds_its_record(cli, run, tmp_path):
+    cli("export", run, "--out", tmp_path / "pt", "--select", "up/forward/output")
+    files = sorted((tmp_path / "pt").glob("*.pt"))
+    content = torch.load(files[0], weights_only=True)
+    assert content["record"]["name"] == "up/forward/output"
+    assert content["tensor"].shape == (3, 16)
+    assert files[0].stat().st_size < 10_000
+
+
+def test_a_pt_file_that_runs_code_is_refused(cli, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return print, ("hacked",)
+
+    (tmp_path / "evil").mkdir()
+    torch.save({"tensor": Evil(), "record": {}}, tmp_path / "evil" / "0.pt")
+    code, out, err = cli("import", tmp_path / "evil", "--out", tmp_path / "run")
+    assert code == 2
+    assert "0.pt is not a tensor file" in err
+    assert "hacked" not in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["show", "nowhere"], "nowhere"),
+        (["show", "{run}", "--select", "uup.*"], "Closest names: 'up/*'"),
+        (["show", "{run}", "--select", "re:("], "not a regular expression"),
+        (["coverage", "{tmp}"], "run"),
+        (["recover", "nowhere"], "nowhere"),
+        (["export", "{run}", "--out", "{run}"], "exists"),
+        (["export", "{run}", "--out", "{tmp}/x", "--layout", "ptt"], "There is no layout 'ptt'"),
+        (["import", "{tmp}", "--out", "{tmp}/x"], "holds no .pt files"),
+        (["import", "{tmp}/no", "--out", "{tmp}/x"], "no"),
+        (["shoow"], "No such command"),
+        (["show", "{run}", "--step", "two"], "--step"),
+    ],
+)
+def test_a_users_mistake_is_a_short_error_with_exit_code_2(cli, run, tmp_path, arguments, says):
+    filled = [a.format(run=run, tmp=tmp_path) for a in arguments]
+    code, _, err = cli(*filled)
+    assert code == 2
+    assert says in err
