@@ -108,6 +108,15 @@ def test_the_range_of_versions_is_the_one_of_the_extra() -> None:
     assert integration.refuse(nn.Linear(2, 2)) is not None
 
 
+@pytest.mark.parametrize("version", ["5.20.0", "5.23.1.dev0", "5.24rc1", "6.0.0"])
+def test_versions_of_every_spelling_are_understood(
+    version: str, build: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build("llama")
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", version)
+    assert integration.refuse(model) is None
+
+
 def test_a_newer_transformers_is_used_and_noted(
     build: Any, inputs: Any, monkeypatch: pytest.MonkeyPatch, captured: Any
 ) -> None:

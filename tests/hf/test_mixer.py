@@ -307,6 +307,20 @@ def test_an_error_inside_a_mixer_leaves_the_next_forward_in_order(build: Any, in
     assert len(sink.find(f"{SCAN}/output")) == 1
 
 
+def test_a_detach_inside_a_mixer_takes_effect_at_once(build: Any, inputs: Any) -> None:
+    model, other = build("mamba"), build("mamba")
+    sink = tensortap.MemorySink()
+    tap = tensortap.attach(model, sink, on_error="raise")
+    inside = model.backbone.layers[1].mixer.in_proj
+    handle = inside.register_forward_pre_hook(lambda *_: tap.detach())
+    model(**inputs())
+    handle.remove()
+    model(**inputs())
+    other(**inputs())
+    assert sink.find("layers.0.mixer.scan/forward/u")
+    assert not sink.find(f"{SCAN}/u")
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_a_recomputed_scan_is_marked(reentrant: bool, mixer: str, build: Any, capture: Any) -> None:
     plain = capture(build(mixer).train())

@@ -53,6 +53,29 @@ LAYERS = {
 }
 
 
+OTHERS = (
+    "cohere",
+    "deepseek_v3",
+    "ernie4_5",
+    "glm4",
+    "glm4_moe",
+    "gpt_oss",
+    "gptj",
+    "granite",
+    "helium",
+    "llama4_text",
+    "mpt",
+    "olmo2",
+    "olmoe",
+    "persimmon",
+    "qwen2_moe",
+    "smollm3",
+    "stablelm",
+    "starcoder2",
+)
+"""Families without a word about them in the rules."""
+
+
 def names(model: nn.Module) -> list[str]:
     return [site.name for site in integration.sites(model)]
 
@@ -66,6 +89,21 @@ def test_outside_of_the_layers_every_family_has_the_same_words(family: str, buil
     expected = {"root", "embed", "layers", "layers.0", "layers.1", "lm_head"}
     expected |= {"final_norm"} if family != "bert" else {"embed.norm", "embed.position"}
     assert expected <= set(names(build(family)))
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_family_that_uses_known_words_needs_no_rule(other: str) -> None:
+    config = transformers.CONFIG_MAPPING[other]()
+    config.num_hidden_layers = 2
+    if getattr(config, "layer_types", None) is not None:
+        config.layer_types = config.layer_types[:2]
+    with torch.device("meta"):
+        found = set(names(transformers.AutoModelForCausalLM.from_config(config)))
+    assert {"embed", "layers.0.attn.out", "layers.1.mlp", "final_norm", "lm_head"} <= found
+    assert {f"layers.0.attn.{word}" for word in ("q", "k", "v")} <= found or not found.isdisjoint(
+        {"layers.0.attn.qkv", "layers.0.attn.kv_a_proj_with_mqa"}
+    )
+    assert not any(name.startswith(("model.layers", "transformer.h.")) for name in found)
 
 
 def test_names_are_unique_and_can_be_parsed(any_family: str, build: Any) -> None:

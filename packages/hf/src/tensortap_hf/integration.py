@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -105,8 +106,8 @@ def _installed() -> str:
 
 
 def _version(text: str) -> tuple[int, ...]:
-    """`"5.23.0.dev0"` -> `(5, 23)`: patch and development releases count as their minor."""
-    return tuple(int(part) for part in text.split(".")[:2])
+    """`"5.23.0.dev0"` -> `(5, 23)`: patches and development versions count as their release."""
+    return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
 
 
 def _functions(found: Named, taken: set[str]) -> Iterator[Site]:

@@ -132,6 +132,14 @@ class _Inside(threading.local):
     def __init__(self) -> None:
         self.mixers: list[_Tapped] = []
 
+    def enter(self, tapped: _Tapped) -> None:
+        self.mixers.append(tapped)
+
+    def leave(self, tapped: _Tapped) -> None:
+        """Also of a forward that began before its tap was attached, or that raised below."""
+        while tapped in self.mixers and self.mixers.pop() is not tapped:
+            pass
+
 
 _INSIDE = _Inside()
 _PATCHES: dict[tuple[int, str], SharedPatch] = {}
@@ -153,10 +161,9 @@ class _Hook:
 def install(mixer: nn.Module, sites: list[Site], observer: Observer, undo: Undo) -> None:
     """Report the convolutions and scans of one mixer until `undo` runs."""
     tapped = _Tapped(observer, {site.name.rpartition(".")[2]: site for site in sites})
-    begin = _Hook(lambda: _INSIDE.mixers.append(tapped))
-    end = _Hook(lambda: _INSIDE.mixers.pop())
-    undo.keep(mixer.register_forward_pre_hook(begin))
-    undo.keep(mixer.register_forward_hook(end, always_call=True))
+    undo.call(tapped.sites.clear)  # A detach in the middle of a forward: see no more of it.
+    undo.keep(mixer.register_forward_pre_hook(_Hook(lambda: _INSIDE.enter(tapped))))
+    undo.keep(mixer.register_forward_hook(_Hook(lambda: _INSIDE.leave(tapped)), always_call=True))
     for word in bytecode.words(type(mixer)) & {*FUNCTIONS, *FUSED}:
         for names in bytecode.namespaces(type(mixer), word):
             _patch(names, word).acquire(undo)

@@ -31,8 +31,10 @@ TOP = _native(
         "embed.token_type": "embeddings.token_type_embeddings",
         "embed.norm": "embeddings.LayerNorm word_embeddings_layernorm layernorm_embedding",
         "embed.dropout": "embeddings.dropout",
-        "final_norm": "norm ln_f norm_f final_layer_norm final_layernorm",
-        "lm_head": "lm_head embed_out cls.predictions vocab_projector",
+        "final_norm": "norm ln_f norm_f final_layer_norm final_layernorm final_norm layer_norm "
+        "embedding_norm",
+        "lm_head": "lm_head embed_out cls.predictions vocab_projector proj_out output_projection "
+        "generator_lm_head",
     }
 )
 
