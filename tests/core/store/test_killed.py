@@ -165,11 +165,8 @@ def test_a_shard_cut_inside_its_blank_header_becomes_a_valid_empty_one(tmp_path)
     for size in (0, 5, 8, 3000):
         shard = tmp_path / "run/rank00000/shard-00000.safetensors"
         shard.write_bytes((b"\x38\x00\x01\x00\x00\x00\x00\x00" + b" " * 65592)[:size])
-        report = recover(tmp_path / "run")
-        if size >= 8:
-            assert load_file(shard) == {}
-        else:
-            assert "head is damaged" in report.ranks[0].problems[0]
+        assert recover(tmp_path / "run").ranks[0].finished_shards == 1
+        assert load_file(shard) == {}
 
 
 def test_a_half_written_header_is_written_again(tmp_path):

@@ -13,8 +13,17 @@ from tensortap.records import TensorRecord
 from tensortap.store.codec import payload_shape
 from tensortap.store.disk import write_all
 from tensortap.store.dtypes import STORED
-from tensortap.store.layout import open_regular
-from tensortap.store.shards import LOST, MAX_HEADER, Entry, encode_header, key_of, tile
+from tensortap.store.layout import open_regular, shard_number
+from tensortap.store.shards import (
+    LARGEST_ROOM,
+    LOST,
+    MAX_HEADER,
+    Entry,
+    data_start,
+    encode_header,
+    key_of,
+    tile,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,17 +44,22 @@ def finish_shard(path: Path, records: Iterable[TensorRecord]) -> Finished:
     descriptor = open_regular(path, os.O_RDWR)
     try:
         size = os.fstat(descriptor).st_size
-        data = _data_start(descriptor, size)
-        if data is not None and _has_header(descriptor, data):
+        said = _data_start(descriptor, size)
+        if said is not None and _has_header(descriptor, said):
             return Finished(changed=False)
         entries, problems = _entries(path, records, size)
-        if data is None or any(entry.start < data for entry in entries):
-            if not entries:
-                return Finished(False, size, (f"{path}: not a shard: its head is damaged",))
-            data = entries[0].start
-        return _write_header(descriptor, path, entries, data, max(size, data), problems)
+        for data in (said, data_start(shard_number(path.name))):
+            if data is not None and _possible(data, entries, size):
+                return _write_header(descriptor, entries, data, max(size, data), problems)
+        return Finished(False, size, (*problems, f"{path}: no shard, or its head is damaged"))
     finally:
         os.close(descriptor)
+
+
+def _possible(data: int, entries: list[Entry], size: int) -> bool:
+    """Can payloads begin at `data`: behind room for the header, and before all of them?"""
+    header = encode_header(entries, data, max(size, data))
+    return len(header) <= data - 8 and all(entry.start >= data for entry in entries)
 
 
 def _data_start(descriptor: int, size: int) -> int | None:
@@ -55,7 +69,7 @@ def _data_start(descriptor: int, size: int) -> int | None:
         return None
     length: int = struct.unpack("<Q", head)[0]
     # A shard whose blank header was cut off by a kill has no payloads yet, and gets the rest.
-    return 8 + length if length <= min(MAX_HEADER, max(size, 64 << 20)) else None
+    return 8 + length if length <= min(MAX_HEADER, max(size, LARGEST_ROOM)) else None
 
 
 def _has_header(descriptor: int, data: int) -> bool:
@@ -104,13 +118,11 @@ def _entry(record: TensorRecord, start: int, end: int) -> Entry:
 
 
 def _write_header(
-    descriptor: int, path: Path, entries: list[Entry], data: int, size: int, problems: list[str]
+    descriptor: int, entries: list[Entry], data: int, size: int, problems: list[str]
 ) -> Finished:
     header = encode_header(entries, data, size)
     tiles = tile(entries, data, size)
     lost = sum(part.end - part.start for part in tiles if part.key.startswith(LOST))
-    if len(header) > data - 8:
-        return Finished(False, lost, (*problems, f"{path}: no room for its header"))
     os.lseek(descriptor, 0, os.SEEK_SET)
     write_all(descriptor, struct.pack("<Q", data - 8))
     write_all(descriptor, header.ljust(data - 8))

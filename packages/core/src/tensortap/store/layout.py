@@ -39,6 +39,14 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}.safetensors"
 
 
+def shard_number(name: str) -> int:
+    """The number in a shard's name; raises `ValueError` for another name."""
+    match = _SHARD.fullmatch(name)
+    if match is None:
+        raise ValueError(f"{name!r} is not the name of a shard")
+    return int(match.group(1))
+
+
 def is_shard(name: str) -> bool:
     """Is this the name of a shard (and therefore not a path that leads anywhere else)?"""
     return _SHARD.fullmatch(name) is not None
@@ -46,8 +54,7 @@ def is_shard(name: str) -> bool:
 
 def shards_of(directory: Path) -> list[str]:
     """Names of the shard files of a rank directory, in order of their number."""
-    found = [match for match in map(_SHARD.fullmatch, os.listdir(directory)) if match]
-    return [match.group() for match in sorted(found, key=lambda match: int(match.group(1)))]
+    return sorted(filter(is_shard, os.listdir(directory)), key=shard_number)
 
 
 def rank_directories(run: Path) -> dict[int, Path]:

@@ -37,6 +37,7 @@ class RankReader:
         self.rank = rank
         self._problems: dict[str, None] = {}  # a set that keeps the order
         self._index: Index | None = None
+        self._rebuilt = False
         self._records = self._open_records()
         self.size = 0 if self._records is None else os.fstat(self._records).st_size
         self.live = is_locked(directory / RECORDS)
@@ -142,14 +143,35 @@ class RankReader:
         """The index; from the file, completed from lines written since, or made from the lines."""
         if self._index is None:
             known = load_index(self.directory, self.size)
-            self._index = self._complete(known)
-            self._report_bad_lines(self._index)
+            if known is not None and self._holds(known):
+                self._index = self._complete(known)
+                self._report_bad_lines(self._index)
+            else:
+                self.rebuild()
+        assert self._index is not None
         return self._index
 
     def rebuild(self) -> None:
         """Forget the stored index, which lied, and make a new one from the lines."""
+        self._rebuilt = True
         self._index = self._complete(None)
         self._report_bad_lines(self._index)
+
+    def _holds(self, known: Index) -> bool:
+        """Does a stored index belong to these lines? A few rows, spread evenly, are compared.
+
+        It costs little and finds the index of another run, or one that is older than its lines.
+        """
+        self._index = known
+        try:
+            for position in np.unique(np.linspace(0, len(known.rows) - 1, _SAMPLES).astype(int)):
+                if len(known.rows):
+                    self.record(int(position))
+        except StaleIndex:
+            return False
+        finally:
+            self._index = None
+        return True
 
     def _complete(self, known: Index | None) -> Index:
         """`known` and what the lines after it say."""
@@ -177,7 +199,7 @@ class RankReader:
     def record(self, position: int) -> TensorRecord | None:
         """The record of a row; `None` (and a problem) when its line is damaged.
 
-        Raises `StaleIndex` when line and row are both whole and yet contradict each other.
+        Raises `StaleIndex` when the row is not about a line, or contradicts one that is whole.
         """
         row = self.index.rows[position]
         place = (int(row["name"]), int(row["offset"]), int(row["length"]), int(row["line"]))
@@ -189,18 +211,28 @@ class RankReader:
             return None
         named = self.index.names[int(row["name"])] if self.index.names else None
         if named != (record.name, record.native) or not same_row(row, packed):
-            raise StaleIndex
+            raise self._stale(row)
         return record
+
+    def _stale(self, row: np.void) -> RunCorrupt:
+        where = f"{self.directory / RECORDS}:{row['line']}"
+        if self._rebuilt:  # so it is not the index that changed
+            return RunCorrupt(f"{where}: the file was changed while it was read.")
+        return StaleIndex(f"{where}: {INDEX} contradicts this line.")
 
     def _line(self, row: np.void) -> bytes:
         if self._records is None:
             raise RunError(f"{self.directory} was closed.")
         if row["length"] > MAX_LINE:
             raise ValueError(f"{row['length']} bytes are no line of a run")
-        text = os.pread(self._records, int(row["length"]), int(row["offset"]))
-        if len(text) != row["length"] or not text.endswith(b"\n"):
-            raise ValueError("the line is cut short")
-        return text[:-1]
+        # With the byte before it: a row is only about a line if newlines are around it.
+        before = min(int(row["offset"]), 1)
+        size = int(row["length"])
+        text = os.pread(self._records, before + size, int(row["offset"]) - before)
+        line = text[before:]
+        if text[:before] not in (b"", b"\n") or line.find(b"\n") != size - 1:
+            raise self._stale(row)
+        return line[:-1]
 
     def payload(self, record: TensorRecord, *, verify: bool) -> torch.Tensor:
         """The stored tensor, mapped into memory; raises `RunCorrupt` naming file and range."""
@@ -230,6 +262,7 @@ class RankReader:
             return None
 
 
+_SAMPLES = 16
 EMPTY = IndexBuilder().index().rows
 
 

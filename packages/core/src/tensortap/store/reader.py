@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tensortap.errors import ConfigError, RunCorrupt, RunError, nearest
+from tensortap.errors import ConfigError, NotSupported, RunCorrupt, RunError, nearest
 from tensortap.names import PHASES, TensorName
 from tensortap.records import RunInfo, TensorRecord
 from tensortap.selection import Selection
@@ -270,7 +270,7 @@ class Run:
             try:
                 if record.payload is not None:
                     self._payload(record, verify=True)
-            except RunError as failure:
+            except (RunError, NotSupported) as failure:
                 damaged.append(str(failure))
         return self.problems + damaged
 

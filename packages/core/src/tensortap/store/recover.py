@@ -49,7 +49,11 @@ class Recovery:
     def lost(self) -> bool:
         """Is anything gone that had been captured?"""
         return any(
-            rank.bad_lines or rank.lost_records or rank.lost_line_bytes or rank.lost_payload_bytes
+            rank.bad_lines
+            or rank.lost_records
+            or rank.lost_line_bytes
+            or rank.lost_payload_bytes
+            or rank.problems
             for rank in self.ranks
         )
 

@@ -89,14 +89,18 @@ def key_of(name: str, seq: int) -> str:
     return f"{name[:_MAX_KEY]}#{seq}".encode("utf-8", "replace").decode()
 
 
+def data_start(number: int) -> int:
+    """Where the payloads of this shard of a rank begin: later shards have more header room."""
+    return _round_up(8 + (FIRST_ROOM << number if number < 7 else LARGEST_ROOM))
+
+
 class ShardWriter:
     """Appends payloads to one new file; `fits` before every `append`."""
 
     def __init__(self, directory: Path, number: int) -> None:
-        room = min(FIRST_ROOM << number, LARGEST_ROOM)
         self.name = shard_name(number)
         self.path = directory / self.name
-        self.data = _round_up(8 + room)
+        self.data = data_start(number)
         self.end = self.data
         self._entries: list[Entry] = []
         self._keys: set[str] = set()
