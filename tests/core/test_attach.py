@@ -205,6 +205,21 @@ def test_what_has_no_values_is_said_in_the_coverage():
         assert [row["name"] for row in sink.coverage[kind]] == ["by.hand/forward/x"]
 
 
+def test_tensors_without_memory_of_their_own_are_gaps_not_crashes():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).eval()
+    sink = tensortap.MemorySink()
+    with tensortap.attach(model, sink, phases=("forward",), on_error="raise"):
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model(torch.empty(2, 4))
+        torch.func.vmap(model)(torch.randn(3, 2, 4))
+        model(torch.randn(2, 4))
+    reasons = {row["reason"].split(":")[0] for row in sink.coverage["gaps"]}
+    assert reasons == {"FakeTensor", "inside a torch.func transform"}
+    assert {record.at.step for record in sink.records} == {2}
+
+
 def test_a_sample_is_strided_over_the_whole_tensor():
     x = torch.arange(10_000.0).reshape(100, 100)
     sink = run(nn.Identity(), x, values="sample", phases=("forward",))
@@ -226,6 +241,26 @@ def test_a_module_used_twice_is_two_calls_of_one_site():
     sink = run(Twice(), torch.randn(2, 4), backward=True)
     for name in ("first/forward/input", "first/forward/output", "first/backward/grad_output"):
         assert sorted(record.at.call for record, _ in sink.find(name)) == [0, 1]
+    assert {"name": "second", "reason": "the same module as first, captured there", "count": 1} in (
+        sink.coverage["notes"]
+    )
+
+
+def test_tied_parameters_are_recorded_under_each_name():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, ids):
+            return self.head(self.embed(ids))
+
+    model = Tied()
+    sink = run(model, torch.tensor([[1, 2]]), backward=True, values="full")
+    for phase, expected in (("param", model.head.weight), ("grad", model.head.weight.grad)):
+        for site in ("embed", "head"):
+            assert torch.equal(only(sink, f"{site}/{phase}/weight")[1], expected)
 
 
 def test_the_run_is_described():

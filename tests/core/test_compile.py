@@ -65,6 +65,15 @@ def test_a_graph_that_swallowed_the_model_is_an_error_not_an_empty_run():
         tap.detach()
 
 
+def test_fullgraph_is_refused_with_the_reason():
+    model = Mlp()
+    tap = tensortap.attach(model, tensortap.MemorySink())
+    with pytest.raises(Exception, match=r"tensortap reads tensors here.*without fullgraph=True"):
+        torch.compile(model, backend="eager", fullgraph=True)(X)
+    model(X)
+    tap.detach()
+
+
 def test_torchscript_is_refused():
     with pytest.raises(tensortap.NotSupported, match="TorchScript"):
         tensortap.attach(torch.jit.script(torch.nn.Linear(2, 2)), tensortap.MemorySink())

@@ -275,6 +275,14 @@ _META = "meta tensor: it has a shape but no data"
 _NOTES = (_META,)
 
 
+def _has_memory(tensor: torch.Tensor) -> bool:
+    """Wrapper subclasses and fake tensors have shapes but no bytes: reading them would crash."""
+    try:
+        return tensor.numel() == 0 or tensor.untyped_storage().data_ptr() != 0
+    except (RuntimeError, NotImplementedError):  # How fake and functional tensors say no.
+        return False
+
+
 def _name(seen: Sighting) -> str:
     return str(interned(seen.site.name, seen.phase, seen.tensor))
 
@@ -302,6 +310,8 @@ def _placement(
 
 def _unreadable(tensor: torch.Tensor) -> str | None:
     """Why the values of a tensor cannot be read here, or `None`."""
+    if type(tensor) not in _PLAIN and not _has_memory(tensor):
+        return f"{type(tensor).__name__}: a tensor subclass without memory of its own"
     if tensor.device.type == "meta":
         return _META
     if tensor.is_nested:

@@ -64,12 +64,14 @@ def explain_absences(coverage: Coverage, sites: Iterable[Site], *, explicit: boo
     `explicit`: the user chose the selection, so a leaf that never ran is a gap, not a note.
     """
     places = coverage.places()
+    trained = any(phase == "backward" for _, phase in places)
     for site in sites:
         forward, backward = ((site.name, phase) in places for phase in ("forward", "backward"))
         if site.silent is not None:
             coverage.note(site.name, site.silent)
         elif forward or backward:
-            continue
+            if trained and not backward:
+                coverage.note(site.name, "no gradient reached it")
         elif any(True for _ in site.module.children()):
             coverage.note(site.name, "a container without a call of its own")
         elif explicit:

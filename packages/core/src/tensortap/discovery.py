@@ -66,6 +66,15 @@ def native_path(path: str) -> str:
     return ".".join(word for word in path.split(".") if word not in _WRAPPER_WORDS)
 
 
+def aliases(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """(path, first path) of every module that lies at more than one place in the model."""
+    first: dict[int, str] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        seen = first.setdefault(id(module), path)
+        if seen != path:
+            yield path, seen
+
+
 def discover(model: nn.Module, using: str | None) -> Integration:
     """The integration that names `model`; `using` asks for one by name.
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar, cast
 
 import torch
 
+_REASON = (
+    "tensortap reads tensors here, which breaks the graph; detach the tap, or compile without "
+    "fullgraph=True"
+)
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -16,4 +21,7 @@ def outside_graph(function: Callable[P, R]) -> Callable[P, R]:
 
     Call it at attach rather than at import: the first call imports Dynamo.
     """
-    return cast("Callable[P, R]", torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+    known = inspect.signature(torch.compiler.disable).parameters
+    said = {"reason": _REASON} if "reason" in known else {}  # Older torch has no such argument.
+    disabled = torch.compiler.disable(function, **said)  # type: ignore[no-untyped-call]
+    return cast("Callable[P, R]", disabled)

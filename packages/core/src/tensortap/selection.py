@@ -1,6 +1,7 @@
 """Selection: which names, steps and ranks; decided before anything is copied.
 
     layers.*.attn.*/forward/*,!*/param/*      globs over whole names; `!` excludes
+    layers.0.*,lm_head                        without `/`: whole modules, with all inside them
     re:layers\\.[0-3]\\..*                      `re:` starts a regular expression
 
 `*` stands for any characters, dots and slashes included, `?` for one, `[…]` for one of a set.
@@ -23,32 +24,40 @@ _BRACKETS = {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}
 @dataclass(frozen=True, slots=True)
 class _Pattern:
     text: str
-    regex: re.Pattern[str]
-    tokens: tuple[str, ...] | None
-    """The glob's parts (`*`, `?`, `[…]` or one character); `None` for a regular expression."""
+    regexes: tuple[re.Pattern[str], ...]
+    globs: tuple[tuple[str, ...], ...]
+    """Each glob's parts (`*`, `?`, `[…]` or one character); none for a regular expression."""
 
     @classmethod
     def compile(cls, text: str) -> _Pattern:
         if not text.startswith("re:"):
-            return cls(text, re.compile(fnmatch.translate(text)), _tokens(text))
+            globs = _spelled_out(text)
+            regexes = (re.compile(fnmatch.translate(glob)) for glob in globs)
+            return cls(text, tuple(regexes), tuple(_tokens(glob) for glob in globs))
         try:
-            return cls(text, re.compile(text[3:] + r"\Z"), None)
+            return cls(text, (re.compile(text[3:] + r"\Z"),), ())
         except re.error as error:
             raise SelectionError(f"{text!r} is not a regular expression: {error}.") from error
 
     def matches(self, name: str) -> bool:
-        return self.regex.match(name) is not None
+        return any(regex.match(name) for regex in self.regexes)
 
     def may_match(self, prefix: str) -> bool:
         """Could any continuation of `prefix` match? A regular expression always might."""
-        return self.tokens is None or bool(_reached(self.tokens, prefix))
+        return not self.globs or any(_reached(tokens, prefix) for tokens in self.globs)
 
     def must_match(self, prefix: str) -> bool:
         """Does every continuation of `prefix` match?"""
-        if self.tokens is None:
-            return False
-        tails = (self.tokens[state:] for state in _reached(self.tokens, prefix))
+        tails = (tokens[at:] for tokens in self.globs for at in _reached(tokens, prefix))
         return any(tail and set(tail) == {"*"} for tail in tails)
+
+
+def _spelled_out(glob: str) -> list[str]:
+    """A glob without slash means names, and whole modules: `layers.0.*` has `layers.0` in it."""
+    if "/" in glob:
+        return [glob]
+    modules = [glob, glob.removesuffix(".*")] if glob.endswith(".*") else [glob]
+    return [glob, *(f"{module}/*" for module in modules)]
 
 
 def _tokens(glob: str) -> tuple[str, ...]:

@@ -188,7 +188,7 @@ def _row(values: torch.Tensor, origin: torch.Tensor) -> torch.Tensor:
         counts.append(_count(values.isneginf()))
         lo = torch.where(finite, values, math.inf).amin()
         hi = torch.where(finite, values, -math.inf).amax()
-    ends = [_count(values == 0), lo.to(torch.float64), hi.to(torch.float64)]
+    ends = [values.numel() - _count(values), lo.to(torch.float64), hi.to(torch.float64)]
     unit = _unit(torch.maximum(torch.maximum(-lo, hi), origin.abs().to(lo.dtype)))
     return torch.stack([*counts, *ends, *_moments(kept, finite, counts[0], origin, unit), unit])
 
@@ -198,8 +198,9 @@ def _plain(values: torch.Tensor) -> bool:
     return values.device.type == "cpu" and math.isfinite(values.sum(dtype=torch.float64))
 
 
-def _count(mask: torch.Tensor) -> torch.Tensor:
-    return mask.sum(dtype=torch.float64)
+def _count(values: torch.Tensor) -> torch.Tensor:
+    """How many are true, or not zero."""
+    return torch.count_nonzero(values).to(torch.float64)
 
 
 def _unit(absmax: torch.Tensor) -> torch.Tensor:
@@ -223,7 +224,7 @@ def _moments(
     deviation = _masked(wide - origin / unit, finite)
     mean = deviation.sum() / count.clamp(min=1)
     m2 = _masked(deviation - mean, finite).square_().sum()
-    return [mean, m2, torch.linalg.vector_norm(wide, 1)]
+    return [mean, m2, wide.abs().sum()]
 
 
 def _masked(values: torch.Tensor, finite: torch.Tensor | None) -> torch.Tensor:

@@ -19,12 +19,12 @@ from torch import nn
 from tensortap.capture import Capture, Choices, Sighting
 from tensortap.config import Settings
 from tensortap.coverage import Coverage, explain_absences
-from tensortap.discovery import discover, unwrap
+from tensortap.discovery import aliases, discover, unwrap
 from tensortap.errors import CaptureError, CaptureWarning, ConfigError
 from tensortap.hooks import ContainerHooks, ModuleHooks, ParameterHooks, ancestors
 from tensortap.integration import Site
 from tensortap.launch import default_run, rank_and_world
-from tensortap.names import TensorName
+from tensortap.names import TensorName, escape
 from tensortap.observer import TapObserver
 from tensortap.optimizers import watch_optimizers
 from tensortap.records import RunInfo, TensorRecord
@@ -162,6 +162,8 @@ class Tap:
         self._roots = roots
         self._parameters = ParameterHooks(every, choices)
         self._selected = choices.sites_in(every, self._parameters.names())
+        for again, first in (found for root in roots for found in aliases(root)):
+            self.coverage.note(escape(again), f"the same module as {first}, captured there")
         self._start(sink, describe_run(self.settings, roots, plugins, place), choices)
         try:
             self._hook(undo)
