@@ -467,9 +467,10 @@ def test_a_rank_that_is_not_selected_installs_nothing():
         assert not tap.attached
 
 
-def test_only_what_is_selected_is_hooked():
+@pytest.mark.parametrize("select", ["layers.1.up/forward/output", "*.1.up/forward/output"])
+def test_only_what_is_selected_is_hooked(select):
     model = Stack()
-    with tensortap.attach(model, tensortap.MemorySink(), select="layers.1.up/forward/output"):
+    with tensortap.attach(model, tensortap.MemorySink(), select=select):
         assert model.layers[1].up._forward_hooks
         assert not model.layers[1].down._forward_hooks
         assert not model.layers[0]._forward_hooks

@@ -69,7 +69,8 @@ class Choices:
                 word = f"{prefix}{tensor}"
                 if self(site.name, phase, word) is not None:
                     return True
-                if self._settings.select.may_match(f"{site.name}/{phase}/{word}."):
+                several = f"{site.name}/{phase}/{word}."
+                if site.kind == "module" and self._settings.select.may_match(several):
                     return True
         return False
 

@@ -72,7 +72,7 @@ def explain_absences(coverage: Coverage, sites: Iterable[Site], *, explicit: boo
         elif forward or backward:
             if trained and not backward:
                 coverage.note(site.name, "no gradient reached it")
-        elif any(True for _ in site.module.children()):
+        elif site.kind == "module" and any(True for _ in site.module.children()):
             coverage.note(site.name, "a container without a call of its own")
         elif explicit:
             coverage.gap(site.name, "selected, but never called")

@@ -43,8 +43,9 @@ class _Pattern:
         return any(regex.match(name) for regex in self.regexes)
 
     def may_match(self, prefix: str) -> bool:
-        """Could any continuation of `prefix` match? A regular expression always might."""
-        return not self.globs or any(_reached(tokens, prefix) for tokens in self.globs)
+        """Could a continuation of `prefix` without `/` match? A regular expression always might."""
+        tails = (tokens[at:] for tokens in self.globs for at in _reached(tokens, prefix))
+        return not self.globs or any("/" not in tail for tail in tails)
 
     def must_match(self, prefix: str) -> bool:
         """Does every continuation of `prefix` match?"""
@@ -120,7 +121,10 @@ class Selection:
         return not self._include or any(pattern.matches(name) for pattern in self._include)
 
     def may_match(self, prefix: str) -> bool:
-        """Could a name that starts with `prefix` be selected? Decides whether a hook is needed."""
+        """Could `prefix` be continued to a selected name, the rest being without `/`?
+
+        Decides whether a hook is needed; `prefix` is `module/phase/` and the begin of a tensor.
+        """
         if any(pattern.must_match(prefix) for pattern in self._exclude):
             return False
         return not self._include or any(pattern.may_match(prefix) for pattern in self._include)
