@@ -27,6 +27,8 @@ OURS = (
 NAIVE = ("naive-stats", "naive-full")
 PEER = ("mindstudio-stats", "mindstudio-full")
 CHUNK = 8 << 20
+STEP_BYTES = 1_600_000_000
+"""What the lane that writes most leaves on the disk in one step, rounded up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +135,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Plan, Path]:
     known = (*OURS, *NAIVE, *PEER)
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one round of two steps, to try it")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3, help="processes of each lane")
     parser.add_argument("--steps", type=int, default=8, help="measured steps a process")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them")
     parser.add_argument("--lanes", nargs="+", choices=known, default=known, metavar="LANE",
@@ -149,6 +151,10 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Plan, Path]:
     if set(args.lanes) & set(PEER) and not args.peer_python.exists():
         parser.error(f"{args.peer_python} is missing: `make bench` makes it, or leave out {PEER}")
     args.scratch.mkdir(parents=True, exist_ok=True)
+    needed = STEP_BYTES * (args.steps + args.warmup)
+    if shutil.disk_usage(args.scratch).free < needed:
+        parser.error(f"{args.scratch} needs {needed / 1e9:.0f} GB free; take fewer --steps, or "
+                     "another disk with --scratch")  # fmt: skip
     lanes = tuple(dict.fromkeys(args.lanes))
     plan = Plan(lanes, args.rounds, args.warmup, args.steps, args.scratch, args.peer_python)
     return plan, args.out
