@@ -13,7 +13,7 @@ import torch
 from tensortap import native
 from tensortap.errors import ConfigError
 from tensortap.native import build, cache
-from tensortap.native.library import Library, StaleLibrary
+from tensortap.native.binding import Library, StaleLibrary
 
 VALUES = torch.tensor([3.0, 4.0])
 

@@ -15,7 +15,7 @@ import torch
 
 from tensortap import native
 from tensortap.errors import NotSupported
-from tensortap.native.library import EXPONENT_MIN, EXPONENTS, LEADING
+from tensortap.native.binding import EXPONENT_MIN, EXPONENTS, LEADING
 from tensortap.records import Statistics
 
 _PIECE = {"cpu": 1 << 16}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from tensortap.errors import ConfigError
 from tensortap.native import cache
 from tensortap.native.build import HERE, LIBRARY
-from tensortap.native.library import Library, StaleLibrary
+from tensortap.native.binding import Library, StaleLibrary
 
 __all__ = ["Library", "Status", "library", "load", "status"]
 

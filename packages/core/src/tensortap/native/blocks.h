@@ -138,18 +138,38 @@ static const stored_double *decode_double(int kind, const void *from, int64_t n,
     }
 }
 
+/* Integers in the order of the floats: compilers that honour NaN do not vectorise the minimum of
+ * floats, not even where they are allowed to reorder. */
+#define ORDERING(TYPE, ORDER, SIGN_BIT, MAGNITUDE)           \
+    static inline ORDER order_of_##TYPE(TYPE value)          \
+    {                                                        \
+        ORDER bits;                                          \
+        memcpy(&bits, &value, sizeof bits);                  \
+        return bits ^ (bits >> SIGN_BIT & MAGNITUDE);        \
+    }                                                        \
+    static inline TYPE of_order_##TYPE(ORDER order)          \
+    {                                                        \
+        TYPE value;                                          \
+        order ^= order >> SIGN_BIT & MAGNITUDE;              \
+        memcpy(&value, &order, sizeof value);                \
+        return value;                                        \
+    }
+
+ORDERING(float, int32_t, 31, INT32_MAX)
+ORDERING(double, int64_t, 63, INT64_MAX)
+
 #define UNSCALED(value) ((double)(value))
 #define SCALED(value) ((double)(value) * scale)
 
 /* `sums_`: the one pass, right if all values are finite; else l1 comes out NaN or infinite.
  * `finite_`: the slow path, counts the values that are not and closes the gaps they leave. */
-#define REDUCTION(TYPE, STORED_TYPE, IN_UNITS)                                              \
+#define REDUCTION(TYPE, STORED_TYPE, ORDER, IN_UNITS)                                              \
     CLONES static void sums_##TYPE(const STORED_TYPE *x, int64_t n, double scale, double origin, \
                                    part *out)                                               \
     {                                                                                       \
         const double shift = IN_UNITS(x[0]);                                                \
         double sum = 0.0, squares = 0.0, l1 = 0.0;                                          \
-        TYPE lo = (TYPE)INFINITY, hi = -(TYPE)INFINITY;                                     \
+        ORDER lo = order_of_##TYPE((TYPE)INFINITY), hi = order_of_##TYPE(-(TYPE)INFINITY);  \
         int32_t zero = 0;                                                                   \
         (void)scale;                                                                        \
         _Pragma("omp simd reduction(+:sum,squares,l1,zero) reduction(min:lo) reduction(max:hi)") \
@@ -159,13 +179,14 @@ static const stored_double *decode_double(int kind, const void *from, int64_t n,
             sum += delta;                                                                   \
             squares += delta * delta;                                                       \
             l1 += fabs(IN_UNITS(value));                                                    \
-            lo = value < lo ? value : lo;                                                   \
-            hi = value > hi ? value : hi;                                                   \
+            const ORDER order = order_of_##TYPE(value);                                     \
+            lo = order < lo ? order : lo;                                                   \
+            hi = order > hi ? order : hi;                                                   \
             zero += value == 0;                                                             \
         }                                                                                   \
         const double m2 = squares - sum * (sum / (double)n);                                \
-        *out = (part){n, 0, 0, 0, zero, lo, hi, (shift - origin) + sum / (double)n,         \
-                      m2 > 0.0 ? m2 : 0.0, l1};                                             \
+        *out = (part){n, 0, 0, 0, zero, of_order_##TYPE(lo), of_order_##TYPE(hi),           \
+                      (shift - origin) + sum / (double)n, m2 > 0.0 ? m2 : 0.0, l1};         \
     }                                                                                       \
     static int64_t finite_##TYPE(const STORED_TYPE *x, int64_t n, TYPE *kept, part *out)     \
     {                                                                                       \
@@ -196,8 +217,8 @@ static const stored_double *decode_double(int kind, const void *from, int64_t n,
         out->neginf = odd.neginf;                                                           \
     }
 
-REDUCTION(float, stored_float, UNSCALED)
-REDUCTION(double, stored_double, SCALED)
+REDUCTION(float, stored_float, int32_t, UNSCALED)
+REDUCTION(double, stored_double, int64_t, SCALED)
 
 /* Adds `more` to `all` (Chan, Golub and LeVeque, 1979); the caller fixes the order. */
 static void merge(part *all, const part *more)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tensortap.native.build import CompileError, compile_library, digest
-from tensortap.native.library import Library, StaleLibrary
+from tensortap.native.binding import Library, StaleLibrary
 
 
 class Unavailable(Exception):

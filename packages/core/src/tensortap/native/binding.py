@@ -23,9 +23,9 @@ EXPONENT_MIN, EXPONENTS = -1074, 2098
 _RESULT = struct.Struct(f"5q8d{LEADING}d")
 _BUFFER = ctypes.c_char * _RESULT.size
 _NEGATE, _CONJUGATE = 1, 2
-_LARGE = 1 << 17
-"""Elements. Below, the call takes some 10 microseconds and keeps the GIL: to get it back from a
-busy thread can take 5 ms."""
+_LARGE, _SHARED = 1 << 17, 1 << 19
+"""Elements. Below the first, a call takes some 20 microseconds and keeps the GIL: to get it back
+from a busy thread can take 5 ms. From the second on it is worth waking torch's threads."""
 
 _VALUE_KINDS = {
     torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3, torch.int16: 4,
@@ -74,7 +74,7 @@ class Library:
         axes, dims = (0, None) if tensor.is_contiguous() else _dims(tensor, parts)
         flags = _NEGATE * tensor.is_neg() + _CONJUGATE * tensor.is_conj()
         powers = np.zeros(EXPONENTS, np.int64) if exponents else None
-        threads = torch.get_num_threads() if self.threaded and count > _LARGE else 1
+        threads = torch.get_num_threads() if self.threaded and count >= _SHARED else 1
         out = _BUFFER()
         call = self._large if count > _LARGE else self._small
         failed = call(
