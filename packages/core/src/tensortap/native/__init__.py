@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from tensortap.errors import ConfigError
 from tensortap.native import cache
-from tensortap.native.build import HERE, LIBRARY
 from tensortap.native.binding import Library, StaleLibrary
+from tensortap.native.build import HERE, LIBRARY
 
 __all__ = ["Library", "Status", "library", "load", "status"]
 

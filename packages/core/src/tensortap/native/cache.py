@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tensortap.native.build import CompileError, compile_library, digest
 from tensortap.native.binding import Library, StaleLibrary
+from tensortap.native.build import CompileError, compile_library, digest
 
 
 class Unavailable(Exception):
