@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import resource
+import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 from tests.core.store.building import info, record, small_run, write_run
 
 from tensortap.errors import RunError, RunExists
@@ -138,6 +142,51 @@ def test_a_run_with_damaged_run_json_is_refused_or_replaced(tmp_path):
     write_run(tmp_path / "run", [(record("new/forward/x"), None)], info("launch-2"), overwrite=True)
     with open_run(tmp_path / "run") as run:
         assert run.names() == ["new/forward/x"]
+
+
+def test_several_readers_at_once_do_not_take_each_other_for_a_writer(tmp_path):
+    small_run(tmp_path / "run")
+
+    def probe(_):
+        with open_run(tmp_path / "run") as run:
+            return run.problems
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(probe, range(64))) == [[]] * 64
+
+
+def test_a_run_is_read_while_it_is_written(tmp_path):
+    sink = RunDirectorySink(tmp_path / "run")
+    sink.open(info())
+    tensors = [torch.full((10,), float(n)) for n in range(30)]
+    for seq, tensor in enumerate(tensors):
+        with open_run(tmp_path / "run") as before:
+            sink.write(record("a/forward/x", tensor, seq, seq), tensor)
+            if seq % 4 == 3:
+                sink.end_step(seq)
+            # What was written after the run was opened is not seen, and is no damage.
+            assert [r.seq for r in before.records()] == list(range(seq))
+            assert before.problems == [f"{tmp_path}/run/rank00000: is still being written"]
+        with open_run(tmp_path / "run") as after:
+            assert after.tensor("a/forward/x", step=seq).equal(tensor)
+    sink.close()
+    assert open_run(tmp_path / "run").complete
+
+
+def test_more_ranks_than_a_process_may_open_files(tmp_path):
+    write_run(tmp_path / "run", [(record(tensor=torch.ones(3)), torch.ones(3))])
+    first = tmp_path / "run/rank00000"
+    for rank in range(1, 120):
+        shutil.copytree(first, tmp_path / f"run/rank{rank:05d}")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 30, hard))
+    try:
+        with open_run(tmp_path / "run") as run:
+            assert len(run.ranks) == 120
+            assert len(run.problems) >= 119  # copies say that they are of rank 0
+            assert run.tensor("layers.0.mlp/forward/output", rank=0).sum() == 3
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_an_empty_directory_is_used(tmp_path):

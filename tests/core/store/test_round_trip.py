@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from tensortap.errors import CaptureError, ConfigError, RunError, SelectionError
 from tensortap.records import FormatInfo, Part, Placement
 from tensortap.store import RunDirectorySink, open_run
 from tensortap.store.dtypes import STORED
+from tensortap.testing import SinkContract
 
 DTYPES = sorted(STORED)
 
@@ -242,6 +244,31 @@ def test_tensors_stay_valid_after_the_run_is_closed(tmp_path):
     with open_run(tmp_path / "run") as run:
         tensors = {key: run.tensor(key[0], step=key[1]) for key in expected}
     assert all(tensors[key].equal(expected[key]) for key in expected)
+
+
+class TestTheContract(SinkContract):
+    @pytest.fixture
+    def make_sink(self, tmp_path):
+        return lambda: RunDirectorySink(tmp_path / "run")
+
+
+@pytest.mark.parametrize("durable", ["close", "step"])
+def test_the_end_of_a_step_is_synced_when_that_is_asked_for(tmp_path, monkeypatch, durable):
+    synced = []
+
+    def fsync(descriptor):
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}").rpartition("/")[2])
+
+    sink = RunDirectorySink(tmp_path / "run", durable=durable)
+    sink.open(info())
+    sink.write(record(tensor=torch.ones(3)), torch.ones(3))
+    monkeypatch.setattr(os, "fsync", fsync)
+    sink.end_step(0)
+    payload, lines, names = "shard-00000.safetensors", "records.jsonl", "rank00000"
+    assert synced == ([payload, names, lines] if durable == "step" else [])
+    synced.clear()
+    sink.close()
+    assert {payload, lines, names} <= set(synced)
 
 
 class TestSelecting:

@@ -22,7 +22,9 @@ from tensortap.store.pieces import Geometry, Piece, Stretch, from_bytes, geometr
 Box = tuple[Stretch, ...]
 """One stretch on every axis."""
 
-_MOST_CELLS = 1 << 22
+_MOST_CELLS = 1 << 22  # limits for placements from a hostile file, far above any real one
+_MOST_BOXES = 1 << 18
+_MOST_AXES = 30
 _NOBODY = -1
 
 
@@ -35,6 +37,8 @@ def assemble(pieces: Sequence[Piece]) -> torch.Tensor:
     pieces = sum_partial(pieces)
     places = [geometry(piece) for piece in pieces]
     _require_agreement(pieces, places)
+    if len(pieces) == 1 and _is_all(places[0]):
+        return pieces[0].tensor
     grid = _Grid(places)
     grid.require_complete(pieces)
     first = next((n for n, place in enumerate(places) if _is_all(place)), None)
@@ -73,8 +77,10 @@ class _Grid:
         self._cuts = [_cuts(size, axis, places) for axis, size in enumerate(places[0].logical)]
         self._shape = tuple(len(cuts) - 1 for cuts in self._cuts)
         boxes = sum(math.prod(map(len, place.axes)) for place in places)
-        if math.prod(self._shape) > _MOST_CELLS or boxes > _MOST_CELLS:
+        if math.prod(self._shape) > _MOST_CELLS or boxes > _MOST_BOXES:
             raise RunError("the placements cut the tensor into too many cells to assemble")
+        if len(self._shape) > _MOST_AXES:
+            raise RunError(f"a tensor of {len(self._shape)} axes is not assembled; ask with rank=")
         self._places = places
         self.owner = np.full(self._shape, _NOBODY, dtype=np.int32)
 

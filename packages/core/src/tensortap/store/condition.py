@@ -9,7 +9,7 @@ from tensortap.errors import ConfigError
 from tensortap.records import RunInfo
 from tensortap.selection import Indices
 
-_MOST_RANKS = 1 << 20  # a world size comes from a file; nobody counts to 10**9 here
+_MOST_RANKS = 1 << 17  # a world size comes from a file; nobody counts to 10**9 here
 
 
 def run_problems(path: Path, info: RunInfo, ranks: Mapping[int, RunInfo | None]) -> Iterator[str]:
@@ -30,6 +30,6 @@ def run_problems(path: Path, info: RunInfo, ranks: Mapping[int, RunInfo | None])
 def _captured_ranks(info: RunInfo) -> Indices:
     text = info.settings.get("ranks")
     try:
-        return Indices.parse(text if isinstance(text, str) else None, "ranks")
+        return Indices.parse(text if isinstance(text, str) and len(text) < 256 else None, "ranks")
     except ConfigError:
         return Indices.parse(None, "ranks")

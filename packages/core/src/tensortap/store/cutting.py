@@ -10,6 +10,8 @@ from tensortap.errors import RunError
 from tensortap.records import Part, Placement, Segment
 from tensortap.store.pieces import Geometry, Stretch, axis_of, from_bytes, raw_bytes
 
+_MOST_PAIRS = 1 << 22
+
 
 def cut(
     tensor: torch.Tensor,
@@ -33,6 +35,8 @@ def cut(
 
 def local(wanted: Sequence[Segment], held: Sequence[Stretch]) -> list[Segment]:
     """Where the wanted stretches of a logical axis are in a piece, in the order wanted."""
+    if len(wanted) * len(held) > _MOST_PAIRS:
+        raise RunError("the parts and placements are cut too finely to be real")
     found = []
     for start, length in wanted:
         for part in held:

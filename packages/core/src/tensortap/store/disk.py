@@ -77,24 +77,31 @@ def lock(descriptor: int, *, wait: bool = False) -> bool:
     The lock goes with the open file, so a killed process cannot leave it behind. Where the
     system or file system has no locks the answer is true: there is nothing to respect.
     """
-    if sys.platform == "win32":
-        return True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return True
+    return sys.platform == "win32" or _flock(descriptor, fcntl.LOCK_EX, wait)
 
 
 def is_locked(path: Path) -> bool:
-    """Does a live process hold the lock of this file? False when it is absent."""
+    """Does a live process hold the lock of this file? False when it is absent.
+
+    Asked with a shared lock, so that several who ask at once do not see each other.
+    """
+    if sys.platform == "win32":
+        return False
     try:
         descriptor = os.open(path, READ_SAFELY)
     except OSError:
         return False
     try:
-        return not lock(descriptor)
+        return not _flock(descriptor, fcntl.LOCK_SH, wait=False)
     finally:
         os.close(descriptor)
+
+
+def _flock(descriptor: int, kind: int, wait: bool) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:  # no locks here
+        return True
+    return True

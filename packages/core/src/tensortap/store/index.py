@@ -9,12 +9,13 @@ gap is rebuilt from the lines.
 
 from __future__ import annotations
 
-import os
 import struct
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from tensortap.errors import RunError
 from tensortap.names import TensorName
@@ -22,23 +23,46 @@ from tensortap.records import TensorRecord
 from tensortap.store.codec import decode_name
 from tensortap.store.disk import replace_file
 from tensortap.store.fields import text
-from tensortap.store.layout import INDEX, NAMES, open_regular, read_small
+from tensortap.store.layout import INDEX, NAMES, read_small
 from tensortap.store.lines import decode_line, encode_line
+from tensortap.store.mapping import map_bytes
 from tensortap.store.rows import ROW, Rows, intact, pack_bad_row, pack_row, seal
 
 HEAD = struct.pack("<8sII", b"tensotap", 1, ROW.itemsize)
 """First bytes of index.bin: magic, version, bytes a row."""
 
+EMPTY_ROWS: Rows = np.empty(0, dtype=ROW)
+
 Named = tuple[TensorName, str]
 """A name and its native name; the index numbers these pairs."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Index:
     """Rows in the order of the lines, and the names their ids stand for."""
 
     rows: Rows
     names: tuple[Named, ...]
+
+    @cached_property
+    def numbers(self) -> dict[str, list[int]]:
+        """Name to its ids (one for each native name it had)."""
+        found: dict[str, list[int]] = {}
+        for number, (name, _) in enumerate(self.names):
+            found.setdefault(str(name), []).append(number)
+        return found
+
+    @cached_property
+    def _by_name(self) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+        """Positions sorted by name id, and where each id begins among them."""
+        order = np.argsort(self.rows["name"], kind="stable")
+        ids = np.arange(len(self.names) + 2)
+        return order, np.searchsorted(self.rows["name"][order], ids)
+
+    def positions(self, number: int) -> npt.NDArray[np.intp]:
+        """Rows of one name id, in the order of the lines."""
+        order, begins = self._by_name
+        return order[begins[number] : begins[number + 1]]
 
     @property
     def covered(self) -> int:
@@ -100,7 +124,7 @@ def load_index(directory: Path, size: int) -> Index | None:
     """
     try:
         names = _load_names(directory / NAMES)
-        rows = _map_rows(directory / INDEX)
+        rows = _within(_map_rows(directory / INDEX), size)
     except (FileNotFoundError, RunError, ValueError):
         return None  # derived data: whatever is wrong with it, the lines have the truth
     index = Index(rows, names)
@@ -110,7 +134,9 @@ def load_index(directory: Path, size: int) -> Index | None:
 def stored_index_is_whole(directory: Path, size: int) -> bool:
     """Does the stored index account for every byte of records, but for half a line?"""
     index = load_index(directory, size)
-    return index is not None and index.covered == size
+    if index is None or index.covered != size:
+        return False
+    return count_rows(directory / INDEX) == len(index.rows)
 
 
 def save_index(directory: Path, index: Index) -> None:
@@ -134,14 +160,18 @@ def _load_names(path: Path) -> tuple[Named, ...]:
 
 
 def _map_rows(path: Path) -> Rows:
-    descriptor = open_regular(path)
-    with os.fdopen(descriptor, "rb") as file:
-        if file.read(len(HEAD)) != HEAD:
-            raise ValueError("not an index of this version")
-        count = (os.fstat(descriptor).st_size - len(HEAD)) // ROW.itemsize
-        if count == 0:
-            return np.empty(0, dtype=ROW)
-        return np.memmap(file, dtype=ROW, mode="r", offset=len(HEAD), shape=(count,))
+    data = map_bytes(path, 0).numpy()
+    if data[: len(HEAD)].tobytes() != HEAD:
+        raise ValueError("not an index of this version")
+    count = (len(data) - len(HEAD)) // ROW.itemsize
+    end = len(HEAD) + count * ROW.itemsize
+    return np.frombuffer(data[len(HEAD) : end].data, dtype=ROW) if count else EMPTY_ROWS
+
+
+def _within(rows: Rows, size: int) -> Rows:
+    """The rows whose lines are among the first `size` bytes: a live run grows while it is read."""
+    ends = rows["offset"] + rows["length"].astype(np.int64)
+    return rows[: int(np.searchsorted(ends, size, side="right"))]
 
 
 def _tiles(index: Index, size: int) -> bool:

@@ -120,8 +120,7 @@ class Lookup:
     def _records(self, name: str, query: Query) -> Iterable[TensorRecord]:
         for reader in self._readers.values():
             index = reader.index
-            numbers = [n for n, (known, _) in enumerate(index.names) if str(known) == name]
-            for position in query.positions(index, numbers):
+            for position in query.positions(index, index.numbers.get(name, ())):
                 record = reader.record(int(position))
                 if record is not None:
                     yield record

@@ -8,6 +8,7 @@ import torch
 from xxhash import xxh3_128_digest
 
 from tensortap.records import PayloadRef, TensorRecord
+from tensortap.store.disk import sync_directory
 from tensortap.store.dtypes import STORED
 from tensortap.store.shards import ShardWriter, key_of
 
@@ -36,6 +37,7 @@ class PayloadWriter:
         self._known: dict[tuple[bytes, int], PayloadRef] = {}
         self._shard: ShardWriter | None = None
         self._shards = 0
+        self._synced = 0  # shards whose names are on the disk
         self._finished = 0  # bytes of shards that are closed
 
     @property
@@ -78,6 +80,9 @@ class PayloadWriter:
         """Force what was written so far to the disk."""
         if self._shard is not None:
             self._shard.sync()
+        if self._synced != self._shards:
+            sync_directory(self._directory)  # or a new shard's name could be lost
+            self._synced = self._shards
 
     def close(self) -> None:
         """Finish the open shard: from here on it is a valid safetensors file, on the disk."""

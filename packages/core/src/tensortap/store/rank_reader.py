@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +20,10 @@ from tensortap.store.disk import is_locked
 from tensortap.store.documents import decode_info, read_document
 from tensortap.store.dtypes import STORED
 from tensortap.store.fields import integer, mapping
-from tensortap.store.index import Index, IndexBuilder, count_rows, load_index
+from tensortap.store.index import EMPTY_ROWS, Index, IndexBuilder, count_rows, load_index
 from tensortap.store.layout import COVERAGE, INDEX, RANK, RECORDS, open_regular
 from tensortap.store.lines import MAX_LINE
+from tensortap.store.mapping import map_bytes
 from tensortap.store.rows import BAD, pack_row, same_row
 from tensortap.store.scan import decode_of_rank, lines_of
 
@@ -32,26 +35,37 @@ class StaleIndex(RunCorrupt):
 class RankReader:
     """One `rank…/` directory, opened for reading; nothing in it is changed."""
 
-    def __init__(self, directory: Path, rank: int) -> None:
+    def __init__(self, directory: Path, rank: int, *, live: bool | None = None) -> None:
+        """Read what is there now; `live` is whether a process writes it (default: ask its lock)."""
         self.directory = directory
         self.rank = rank
         self._problems: dict[str, None] = {}  # a set that keeps the order
         self._index: Index | None = None
         self._rebuilt = False
-        self._records = self._open_records()
-        self.size = 0 if self._records is None else os.fstat(self._records).st_size
-        self.live = is_locked(directory / RECORDS)
+        self.size = self._measure()
+        self.live = is_locked(directory / RECORDS) if live is None else live
         self._state = self._read_state()
         self.info = self._read_info()
 
-    def _open_records(self) -> int | None:
+    def _measure(self) -> int:
+        """Bytes of records; what is written after this moment is not read."""
         try:
-            return open_regular(self.directory / RECORDS)
+            with self._opened() as descriptor:
+                return os.fstat(descriptor).st_size
         except FileNotFoundError:
             self._problem(f"{self.directory / RECORDS} is missing")
         except RunError as failure:
             self._problem(str(failure))
-        return None
+        return 0
+
+    @contextmanager
+    def _opened(self) -> Iterator[int]:
+        """The file of records; opened for each use, since a run may have thousands of ranks."""
+        descriptor = open_regular(self.directory / RECORDS)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
 
     def _read_state(self) -> dict[str, Any]:
         try:
@@ -75,10 +89,9 @@ class RankReader:
             return None
 
     def close(self) -> None:
-        """Close the files; tensors that were handed out stay valid."""
-        if self._records is not None:
-            os.close(self._records)
-            self._records = None
+        """Let go of the mapped index; it is mapped again when it is needed again."""
+        if not self._rebuilt:
+            self._index = None
 
     def _problem(self, text: str) -> None:
         self._problems[text] = None
@@ -127,6 +140,8 @@ class RankReader:
     @property
     def lost_records(self) -> int:
         """How many records are known to have been written and have no line any more."""
+        if self.live:
+            return 0
         return max(self._expected_records() - len(self.index.rows), 0)
 
     def _expected_records(self) -> int:
@@ -176,16 +191,17 @@ class RankReader:
     def _complete(self, known: Index | None) -> Index:
         """`known` and what the lines after it say."""
         start = 0 if known is None else known.covered
-        if self._records is None:
-            return Index(EMPTY, ())
+        if self.size == 0:
+            return Index(EMPTY_ROWS, ())
         if known is not None and start == self.size:
             return known
         builder = IndexBuilder(known)
-        for line in lines_of(self._records, start, self.size):
-            try:
-                builder.add(line.decode(self.rank), line.offset, line.length)
-            except (ValueError, struct.error):
-                builder.add_bad(line.offset, line.length)
+        with self._opened() as descriptor:
+            for line in lines_of(descriptor, start, self.size):
+                try:
+                    builder.add(line.decode(self.rank), line.offset, line.length)
+                except (ValueError, struct.error):
+                    builder.add_bad(line.offset, line.length)
         return builder.index(known)
 
     def _report_bad_lines(self, index: Index) -> None:
@@ -221,14 +237,13 @@ class RankReader:
         return StaleIndex(f"{where}: {INDEX} contradicts this line.")
 
     def _line(self, row: np.void) -> bytes:
-        if self._records is None:
-            raise RunError(f"{self.directory} was closed.")
         if row["length"] > MAX_LINE:
             raise ValueError(f"{row['length']} bytes are no line of a run")
         # With the byte before it: a row is only about a line if newlines are around it.
         before = min(int(row["offset"]), 1)
         size = int(row["length"])
-        text = os.pread(self._records, before + size, int(row["offset"]) - before)
+        with self._opened() as descriptor:
+            text = os.pread(descriptor, before + size, int(row["offset"]) - before)
         line = text[before:]
         if text[:before] not in (b"", b"\n") or line.find(b"\n") != size - 1:
             raise self._stale(row)
@@ -244,8 +259,12 @@ class RankReader:
         stored = STORED.get(record.dtype)
         if stored is None:
             raise NotSupported(f"{where}: torch {torch.__version__} has no dtype {record.dtype}.")
-        storage = _map(path, ref.offset + ref.nbytes, where)
-        raw = torch.empty(0, dtype=torch.uint8).set_(storage, ref.offset, (ref.nbytes,))  # type: ignore[call-overload]
+        try:
+            raw = map_bytes(path, ref.offset, ref.offset + ref.nbytes)
+        except FileNotFoundError:
+            raise RunCorrupt(f"{where}: the file is missing.") from None
+        except RunError as failure:
+            raise type(failure)(f"{where}: {failure}") from failure
         if verify and xxh3_128_hexdigest(raw.numpy().data) != ref.digest:
             raise RunCorrupt(f"{where}: the bytes do not match their digest.")
         try:
@@ -263,25 +282,3 @@ class RankReader:
 
 
 _SAMPLES = 16
-EMPTY = IndexBuilder().index().rows
-
-
-def _map(path: Path, end: int, where: str) -> torch.UntypedStorage:
-    """A private mapping of a shard's first `end` bytes: writing to it changes no file."""
-    try:
-        descriptor = open_regular(path)  # refuses links and what is no file
-        size = os.fstat(descriptor).st_size
-        os.close(descriptor)
-    except FileNotFoundError:
-        raise RunCorrupt(f"{where}: the file is missing.") from None
-    if end > size:
-        raise RunCorrupt(f"{where}: the file has only {size} bytes.")
-    if end == 0:
-        return torch.empty(0, dtype=torch.uint8).untyped_storage()
-    try:
-        return cast(
-            torch.UntypedStorage,
-            torch.UntypedStorage.from_file(str(path), shared=False, nbytes=end),
-        )
-    except RuntimeError as failure:
-        raise RunError(f"{where}: {str(failure).splitlines()[0]}.") from failure

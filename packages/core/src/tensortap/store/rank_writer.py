@@ -51,7 +51,7 @@ class RankWriter:
         self._torn = False  # lines were lost to an error, so the builder knows too many
         with ExitStack() as files:
             self._records = self._create(RECORDS, files)
-            lock(self._records)
+            lock(self._records, wait=True)  # a reader may be asking whether it is locked
             self._index = self._create(INDEX, files)
             self._names = self._create(NAMES, files)
             write_all(self._index, HEAD)

@@ -44,7 +44,7 @@ def open_run(path: str | os.PathLike[str]) -> Run:
 class Run:
     """One run, all its ranks; made by `open_run`, closed by `close` or at the end of `with`.
 
-    Nothing in the directory is changed. Tensors that were read stay valid after `close`.
+    Nothing in the directory is changed, and no file is kept open.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -287,7 +287,7 @@ class Run:
         return selection
 
     def close(self) -> None:
-        """Close the files."""
+        """Let go of what is mapped; tensors that were read stay valid."""
         for reader in self._readers.values():
             reader.close()
 

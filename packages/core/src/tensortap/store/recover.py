@@ -7,6 +7,7 @@ record refers to become `__lost` tensors of their shard.
 from __future__ import annotations
 
 import os
+import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -96,12 +97,21 @@ def _take_over(directory: Path, locks: ExitStack) -> None:
     except (FileNotFoundError, RunCorrupt):
         return  # reported as a problem of the rank
     locks.callback(os.close, descriptor)
-    if not lock(descriptor):
+    if not _lock_patiently(descriptor):
         raise RunError(f"{directory} is still being written by a live process; left alone.")
 
 
+def _lock_patiently(descriptor: int) -> bool:
+    """Take the lock; a reader that asks whether it is held has it for an instant."""
+    for _ in range(5):
+        if lock(descriptor):
+            return True
+        time.sleep(0.02)
+    return False
+
+
 def _recover_rank(directory: Path, rank: int) -> RankRecovery:
-    reader = RankReader(directory, rank)
+    reader = RankReader(directory, rank, live=False)  # the lock is ours
     try:
         lost_records = reader.lost_records
         rebuild = not stored_index_is_whole(directory, reader.size)
