@@ -46,6 +46,10 @@ class Coverage:
         """Every (module, phase) of which something was captured."""
         return {(name.split("/")[0], name.split("/")[1]) for name in self._captured}
 
+    def explains(self, name: str) -> bool:
+        """Has anybody said already why nothing of this name was captured?"""
+        return any(name == said for said, _ in (*self._gaps, *self._notes))
+
     def report(self, *, steps: int) -> Mapping[str, Any]:
         """As written to `coverage.json`."""
         return {
@@ -72,6 +76,8 @@ def explain_absences(coverage: Coverage, sites: Iterable[Site], *, explicit: boo
         elif forward or backward:
             if trained and not backward:
                 coverage.note(site.name, "no gradient reached it")
+        elif coverage.explains(site.name):
+            continue
         elif site.kind == "module" and any(True for _ in site.module.children()):
             coverage.note(site.name, "a container without a call of its own")
         elif explicit:

@@ -204,9 +204,8 @@ class Transfer:
     def drain(self) -> None:
         """Wait until everything handed in has reached the sink, or the capture has failed."""
         with self._ready:
-            self._ready.wait_for(
-                lambda: not (self._queue or self._busy) or not self._thread.is_alive()
-            )
+            while (self._queue or self._busy) and self._thread.is_alive():
+                self._ready.wait(timeout=0.5)
 
     def close(self) -> None:
         """Write what is left and end the thread; the sink is not closed here."""
