@@ -38,7 +38,10 @@ class RankWriter:
     A record counts once its line is complete; the index is derived from the lines.
     """
 
-    def __init__(self, directory: Path, info: RunInfo, max_bytes: int, max_shard: int) -> None:
+    def __init__(
+        self, directory: Path, info: RunInfo, *, max_bytes: int, max_shard: int, sync: bool
+    ) -> None:
+        """Make the files of a new rank directory; `sync` makes them durable from the start."""
         self.directory = directory
         self._info = info
         self._max_bytes = max_bytes
@@ -56,9 +59,9 @@ class RankWriter:
             self._names = self._create(NAMES, files)
             write_all(self._index, HEAD)
             self._derived = len(HEAD)
-            self._write_state("writing")
-            sync_directory(directory)
-            sync_directory(directory.parent)
+            self._write_state("writing", sync=sync)
+            if sync:
+                self._sync_directories()
             self._files = files.pop_all()
 
     def _create(self, name: str, files: ExitStack) -> int:
@@ -167,22 +170,26 @@ class RankWriter:
         reason = failure or (str(failures[0]) if failures else None)
         state = "closed" if reason is None else "failed"
         last = (
-            lambda: self._write_state(state, reason),
-            lambda: sync_directory(self.directory),
+            lambda: self._write_state(state, reason, sync=True),
+            self._sync_directories,
             self._files.close,
         )
         failures += [error for error in map(_attempt, last) if error is not None]
         if failures:
             raise failures[0]
 
-    def _write_state(self, state: str, reason: str | None = None) -> None:
+    def _sync_directories(self) -> None:
+        sync_directory(self.directory)
+        sync_directory(self.directory.parent)
+
+    def _write_state(self, state: str, reason: str | None = None, *, sync: bool) -> None:
         """rank.json: what this rank is, and how its run ended."""
         content: dict[str, Any] = {"state": state, "reason": reason}
         if state != "writing":
             content |= {"records": self._lines, "bytes": self._written}
             content["ended"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         content["info"] = encode_info(self._info)
-        replace_file(self.directory / RANK, encode_document(content), sync=True)
+        replace_file(self.directory / RANK, encode_document(content), sync=sync)
 
 
 def _attempt(step: Callable[[], None]) -> OSError | None:

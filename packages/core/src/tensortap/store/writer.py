@@ -66,7 +66,13 @@ class RunDirectorySink:
     def _start(self, run: RunInfo) -> RankWriter:
         directory = claim(self.path, run, overwrite=self._overwrite)
         share = self._max_bytes // max(run.world_size, 1)
-        return RankWriter(directory, run, share, self._max_shard_bytes)
+        return RankWriter(
+            directory,
+            run,
+            max_bytes=share,
+            max_shard=self._max_shard_bytes,
+            sync=self._durable == "step",
+        )
 
     def write(self, record: TensorRecord, payload: torch.Tensor | None) -> None:
         """Payload first, then the line that makes it count."""
