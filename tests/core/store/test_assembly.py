@@ -258,6 +258,15 @@ class TestThroughARun:
             with pytest.raises(RunError, match="no dp_rank=7"):
                 run.tensor(NAME, dp_rank=7)
 
+    def test_a_rank_whose_place_is_lost_is_not_guessed(self, tmp_path, whole):
+        parallel = [{"tp": 2, "tp_rank": r} for r in (0, 1)]
+        write_ranks(tmp_path / "run", NAME, [(whole, None), (whole, None)], parallel)
+        (tmp_path / "run/rank00001/rank.json").write_text("{}")
+        with open_run(tmp_path / "run") as run:
+            with pytest.raises(RunError, match=r"rank\.json of rank 1"):
+                run.tensor(NAME)
+            assert run.tensor(NAME, rank=1).equal(whole)
+
     def test_ranks_that_say_nothing_about_parallelism_are_data_parallel(self, tmp_path):
         write_ranks(tmp_path / "run", NAME, [(torch.full((2,), float(r)), None) for r in range(2)])
         with open_run(tmp_path / "run") as run:

@@ -225,7 +225,7 @@ class Run:
                 raise self._not_found(str(name), lookup)
             pieces = [
                 (record, self.piece(record, verify=verify), self.info_of(record.at.rank))
-                for record in found.choose(dp_rank, self.info_of, alone=rank is not None)
+                for record in found.choose(dp_rank, self._place_of, alone=rank is not None)
             ]
             return found.assemble(pieces, alone=rank is not None, padded=padded)
 
@@ -235,6 +235,16 @@ class Run:
             raise
         except RunError as failure:
             raise RunError(f"{name} in {self.path}: {failure}") from failure
+
+    def _place_of(self, rank: int) -> RunInfo:
+        """The rank's own info: another rank's would place its piece wrongly."""
+        info = self._reader(rank).info
+        if info is None and len(self._readers) > 1:
+            raise RunError(
+                f"rank.json of rank {rank} is damaged, so its place among the ranks is not known; "
+                f"ask for its piece with rank={rank}"
+            )
+        return info or self.info
 
     def _not_found(self, name: str, lookup: Lookup) -> RunError:
         elsewhere = lookup.coordinates(name)
