@@ -65,6 +65,17 @@ def test_the_last_gradient_of_a_step_is_its_sum():
     assert torch.equal(sink.find("up/grad/weight")[-1][1], accumulated)
 
 
+def test_a_run_serves_the_sum_of_the_step_as_its_gradient(tmp_path):
+    model = Mlp()
+    with tensortap.attach(model, tmp_path / "run", values="full", phases=("grad",)):
+        model(X).sum().backward()
+        model(2 * X).sum().backward()
+    run = tensortap.open_run(tmp_path / "run")
+    assert torch.equal(run.tensor("up/grad/weight"), model.up.weight.grad)
+    first = run.tensor("up/grad/weight", microbatch=0)
+    assert not torch.equal(first, model.up.weight.grad)
+
+
 def test_two_forwards_before_one_backward_are_microbatches():
     model = Mlp()
     sink, tap = tapped(model)

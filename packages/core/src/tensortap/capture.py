@@ -278,9 +278,12 @@ _NOTES = (_META,)
 
 def _has_memory(tensor: torch.Tensor) -> bool:
     """Wrapper subclasses and fake tensors have shapes but no bytes: reading them would crash."""
+    fake = getattr(sys.modules.get("torch._subclasses.fake_tensor"), "FakeTensor", ())
+    if isinstance(tensor, fake):
+        return False
     try:
         return tensor.numel() == 0 or tensor.untyped_storage().data_ptr() != 0
-    except (RuntimeError, NotImplementedError):  # How fake and functional tensors say no.
+    except (RuntimeError, NotImplementedError):  # How functional tensors say no.
         return False
 
 

@@ -41,6 +41,20 @@ def claim(path: Path, info: RunInfo, *, overwrite: bool) -> Path:
     return _claim_rank(run, info)
 
 
+def give_up(directory: Path) -> None:
+    """Remove what `claim` made, for a run of one process in which nothing was recorded.
+
+    Anything that is not part of the run stays, and so does the directory that holds it.
+    """
+    run = directory.parent
+    with _one_at_a_time(run.parent):
+        shutil.rmtree(directory)
+        if not rank_directories(run):
+            (run / RUN).unlink()
+            with suppress(OSError):  # somebody put a file of theirs into it
+                run.rmdir()
+
+
 def _claim_rank(run: Path, info: RunInfo) -> Path:
     directory = run / rank_directory(info.rank)
     try:

@@ -102,10 +102,10 @@ class Lookup:
         """Records of this name, or else those of the fused tensor that it is part of."""
         records = tuple(self._records(name, query))
         if records:
-            return Found(records)
+            return Found(_last_sums(records))
         for part, (module, fused) in self._fused().items():
             if part == name:
-                return Found(tuple(self._records(fused, query)), module)
+                return Found(_last_sums(tuple(self._records(fused, query))), module)
         return Found(())
 
     def coordinates(self, name: str) -> str:
@@ -140,6 +140,18 @@ class Lookup:
                     name = f"{part.module}/{record.name.phase}/{record.name.tensor}"
                     found.setdefault(name, (part.module, str(record.name)))
         return found
+
+
+def _last_sums(records: tuple[TensorRecord, ...]) -> tuple[TensorRecord, ...]:
+    """Of the gradients of a parameter in one step the last: each is the sum of all before it."""
+    if not records or records[0].name.phase != "grad":
+        return records
+    last: dict[tuple[int, int], TensorRecord] = {}
+    for record in records:
+        key = (record.at.step, record.at.rank)
+        if key not in last or record.seq > last[key].seq:
+            last[key] = record
+    return tuple(last.values())
 
 
 def parts_of(record: TensorRecord) -> tuple[Part, ...]:

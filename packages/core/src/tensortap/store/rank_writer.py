@@ -70,6 +70,11 @@ class RankWriter:
         files.callback(os.close, descriptor)
         return descriptor
 
+    @property
+    def alone_and_empty(self) -> bool:
+        """Is this the only rank, and was nothing recorded?"""
+        return self._lines == 0 and not self._pending and self._info.world_size <= 1
+
     def inherited(self) -> bool:
         """Is this a fork of the process that opened the run? It must not touch the files."""
         return os.getpid() != self._process

@@ -12,7 +12,7 @@ import torch
 from tensortap.config import DEFAULT_MAX_BYTES
 from tensortap.errors import CaptureError, RunExists
 from tensortap.records import RunInfo, TensorRecord
-from tensortap.store.directory import claim
+from tensortap.store.directory import claim, give_up
 from tensortap.store.disk import replace_file
 from tensortap.store.documents import encode_document
 from tensortap.store.layout import COVERAGE
@@ -98,7 +98,8 @@ class RunDirectorySink:
     def close(self) -> None:
         """Finish shards and index, after a failure as far as that goes. Twice does nothing.
 
-        Raises `CaptureError` when something cannot be finished. A forked process that inherited
+        A run of one process without any record is removed: there are no empty runs. Raises
+        `CaptureError` when something cannot be finished. A forked process that inherited
         the sink leaves the files alone.
         """
         rank, self._rank = self._rank, None
@@ -106,7 +107,9 @@ class RunDirectorySink:
             return
         try:
             rank.close(self._failure or self._incomplete)
-            if self._coverage_failed is not None:
+            if rank.alone_and_empty:
+                give_up(rank.directory)
+            elif self._coverage_failed is not None:
                 raise self._coverage_failed
         except OSError as failure:
             raise CaptureError(
