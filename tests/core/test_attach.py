@@ -128,6 +128,21 @@ def test_nested_outputs_are_named_by_their_path():
     }
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        lambda x: ((x, x + 1), x + 2),
+        lambda x: [[x], [x, [x]], {"0": x}],
+        lambda x: {"a": (x, x), "b": x},
+        lambda x: (None, x, (x,)),
+    ],
+)
+def test_no_two_tensors_of_a_call_share_a_name(value):
+    sink = run(Inside(lambda *args, **kwargs: value(args[1])), [torch.ones(1)] * 2, torch.ones(1))
+    named = [(str(record.name), record.at) for record in sink.records]
+    assert len(named) == len(set(named)) >= 3 + 2
+
+
 def test_the_first_parameter_is_input_also_when_passed_by_keyword():
     class Keyword(nn.Module):
         def forward(self, hidden, mask=None):
@@ -377,8 +392,7 @@ def test_an_attach_that_fails_leaves_nothing_behind():
     with pytest.raises(OSError, match="no room"):
         tensortap.attach(model, Broken())
     assert state(model) == before
-    tensortap.attach(model, sink := tensortap.MemorySink())
-    with warnings.catch_warnings():
+    with tensortap.attach(model, sink := tensortap.MemorySink()), warnings.catch_warnings():
         warnings.simplefilter("error")
         model(torch.ones(1, 8))
     assert sink.run is not None
@@ -451,6 +465,47 @@ def test_a_capture_of_nothing_is_an_error():
         tap.detach()
 
 
+def test_what_is_awkward_to_walk_does_not_reach_the_model():
+    looping = {}
+    looping["self"] = looping
+
+    class Awkward(dict):
+        def items(self):
+            raise RuntimeError("not yours")
+
+    model = Inside(lambda x: (x, looping))
+    assert "root/forward/output" in run(model, torch.ones(1)).names()
+    with pytest.warns(tensortap.CaptureWarning, match="not yours"):
+        with tensortap.attach(model := Inside(lambda x: Awkward(x=x)), tensortap.MemorySink()):
+            assert type(model(torch.ones(1))) is Awkward
+    with torch.inference_mode():
+        leaf = torch.ones(1, requires_grad=True)
+    run(nn.Identity(), leaf)
+
+
+def test_wrappers_inside_a_model_have_no_names_of_their_own():
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = nn.Sequential(checkpoint_wrapper(nn.Linear(4, 4)), nn.Linear(4, 4))
+    sink = run(model, torch.ones(1, 4), backward=True)
+    assert {name.split("/")[0] for name in sink.names()} == {"root", "0", "1"}
+    assert next(r for r, _ in sink.find("0/param/weight")).native == "0._checkpoint_wrapped_module"
+
+
+def test_a_parameter_without_a_shape_yet_is_refused():
+    with pytest.raises(tensortap.NotSupported, match="run the model once"):
+        tensortap.attach(nn.LazyLinear(3), tensortap.MemorySink())
+
+
+def test_recording_what_is_no_tensor_is_refused_and_nothing_stops():
+    with tensortap.attach(nn.Identity(), sink := tensortap.MemorySink()) as tap:
+        with pytest.raises(tensortap.ConfigError, match=r"takes a torch\.Tensor, not float"):
+            tap.record("loss.scale/forward/x", 3.0)
+        tap.record("loss.scale/forward/x", torch.tensor(3.0))
+        tap.record("loss.scale/forward/x", torch.tensor(4.0))
+    assert [record.at.call for record in sink.records] == [0, 1]
+
+
 def test_disabled_by_the_environment_nothing_is_installed(monkeypatch):
     monkeypatch.setenv("TENSORTAP_ENABLED", "0")
     model = Mlp()
@@ -460,6 +515,7 @@ def test_disabled_by_the_environment_nothing_is_installed(monkeypatch):
         assert state(model) == before
         tap.record("a/forward/b", torch.ones(1))
         tap.step()
+    tensortap.attach(torch.jit.script(nn.Linear(1, 1)))
 
 
 def test_a_rank_that_is_not_selected_installs_nothing():

@@ -65,6 +65,16 @@ def test_a_graph_that_swallowed_the_model_is_an_error_not_an_empty_run():
         tap.detach()
 
 
+def test_gradients_alone_do_not_make_a_swallowed_model_look_captured():
+    model = Mlp()
+    step = torch.compile(lambda x: model(x).sum(), backend="eager")
+    step(X).backward()
+    tap = tensortap.attach(model, tensortap.MemorySink())
+    step(X).backward()
+    with pytest.raises(tensortap.CaptureError, match=r"torch\.compile had made before"):
+        tap.detach()
+
+
 def test_fullgraph_is_refused_with_the_reason():
     model = Mlp()
     tap = tensortap.attach(model, tensortap.MemorySink())

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 import torch
-from tests.core.models import Mlp, Stack
+from tests.core.models import Inside, Mlp, Stack
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -156,10 +156,176 @@ def test_without_training_every_forward_is_a_step():
     assert sink.steps == [0, 1, 2]
 
 
-def test_a_list_of_chunks_shares_its_steps():
+def test_a_list_of_chunks_shares_its_steps_and_each_has_its_names():
     chunks = [Mlp().eval(), Mlp().eval()]
-    with pytest.raises(tensortap.ConfigError, match="share the name"):
-        tensortap.attach(chunks, tensortap.MemorySink())
+    sink, tap = tapped(chunks, phases=("forward",))
+    with tap:
+        for _ in range(2):
+            chunks[1](chunks[0](X))
+    for chunk in range(2):
+        assert steps_of(sink, f"chunks.{chunk}.root/forward/output") == [(0, 0), (1, 0)]
+        assert steps_of(sink, f"chunks.{chunk}.up/forward/output") == [(0, 0), (1, 0)]
+    assert sink.steps == [0, 1]
+
+
+def test_only_selected_training_steps_are_captured_backward_too():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    sink, tap = tapped(model, steps="1:6:2")
+    with tap:
+        for _ in range(6):
+            model(X).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for name in ("0/grad/weight", "0/backward/grad_output", "0/param/weight", "1/forward/output"):
+        assert steps_of(sink, name) == [(1, 0), (3, 0), (5, 0)]
+
+
+@pytest.mark.parametrize("select", ["0/backward/*,*/grad/*", "*/grad/*"])
+def test_gradients_belong_to_their_own_step_whatever_is_watched(select):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    sink, tap = tapped(model, select=select)
+    with tap:
+        for _ in range(3):
+            first, second = model(X).sum(), model(2 * X).sum()
+            first.backward()
+            second.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    expected = [(step, microbatch) for step in range(3) for microbatch in range(2)]
+    for site in range(3):
+        assert steps_of(sink, f"{site}/grad/weight") == expected
+
+
+def test_reentrant_checkpointing_keeps_to_its_own_step():
+    class Checkpointed(Stack):
+        def forward(self, x):
+            for layer in self.layers:
+                x = checkpoint(layer, x, use_reentrant=True)
+            return x
+
+    model = Checkpointed()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    sink, tap = tapped(model, select="layers.0.*", steps="0,2")
+    with tap:
+        for _ in range(3):
+            model(X.clone().requires_grad_()).sum().backward()
+            optimizer.step()
+    for name in ("layers.0.up/backward/grad_output", "layers.0.up/grad/weight"):
+        assert steps_of(sink, name) == [(0, 0), (2, 0)]
+    assert steps_of(sink, "layers.0.up/forward/output") == [(0, 0), (0, 0), (2, 0), (2, 0)]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_module_used_twice_in_a_checkpointed_block_keeps_its_call_numbers(reentrant):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.act = nn.Linear(8, 8), nn.Linear(8, 8), nn.Tanh()
+
+        def forward(self, x):
+            return self.act(self.b(self.act(self.a(x))))
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(Block() for _ in range(2))
+            self.again = self.blocks[0]
+
+        def forward(self, x):
+            for block in (*self.blocks, self.again):
+                x = checkpoint(block, x, use_reentrant=reentrant)
+            return x
+
+    torch.manual_seed(3)
+    model, x = Net(), torch.randn(2, 8, requires_grad=True)
+    plain, tap = tapped(model, values="full")
+    with tap:
+        model(x).sum().backward()
+    forward = {
+        (record.name, record.at.call): payload
+        for record, payload in zip(plain.records, plain.payloads, strict=True)
+        if record.name.phase == "forward" and not record.at.recompute
+    }
+    again = [
+        (record.name, record.at.call, payload)
+        for record, payload in zip(plain.records, plain.payloads, strict=True)
+        if record.at.recompute
+    ]
+    assert {(str(name), call) for name, call, _ in again} >= {
+        (f"blocks.{block}.act/forward/input", call) for block in range(2) for call in range(2)
+    }
+    for name, call, payload in again:
+        assert torch.equal(payload, forward[name, call]), (name, call)
+    calls = [record.at.call for record, _ in plain.find("blocks.0.act/backward/grad_input")]
+    assert sorted(calls) == [0, 1, 2, 3]
+
+
+def test_a_forward_that_raised_does_not_lend_its_step_to_a_later_one():
+    def sometimes(x):
+        if x.sum() < 0:
+            raise ValueError("no")
+        return x
+
+    model = nn.Sequential(nn.Identity(), Inside(sometimes)).eval()
+    sink, tap = tapped(model, steps="0", phases=("forward",))
+    with tap:
+        with pytest.raises(ValueError, match="no"):
+            model(-X)
+        model(X)
+    assert sink.find("1/forward/output") == []
+    assert torch.equal(model[1](X), X)
+
+
+def test_an_interrupt_does_not_freeze_the_steps():
+    def interrupted(x):
+        if x.sum() < 0:
+            raise KeyboardInterrupt
+        return x
+
+    model = nn.Sequential(nn.Identity(), Inside(interrupted)).eval()
+    sink, tap = tapped(model, phases=("forward",))
+    with tap:
+        with pytest.raises(KeyboardInterrupt):
+            model(-X)
+        for _ in range(2):
+            model(X)
+    assert coordinates(sink, "1/forward/output") == [
+        (1, 0, 0, False, False),
+        (2, 0, 0, False, False),
+    ]
+
+
+def test_training_after_a_first_inference_begins_its_own_step():
+    model = Mlp()
+    sink, tap = tapped(model, phases=("forward",))
+    with tap:
+        tap.record("before.all/forward/x", X)
+        with torch.no_grad():
+            model(X)
+        model(X).sum().backward()
+        torch.optim.SGD(model.parameters(), 0.1).step()
+        model(X)
+    assert steps_of(sink) == [(0, 0), (1, 0), (2, 0)]
+
+
+def test_a_leaf_input_gets_the_gradient_of_each_forward_once():
+    model, x = Mlp(), X.clone().requires_grad_()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    sink, tap = tapped(model, values="full", phases=("backward",))
+    expected = []
+    with tap:
+        for _ in range(2):
+            for factor in (1, 2):
+                x.grad = None
+                (factor * model(x).sum()).backward()
+                expected.append(x.grad)
+            optimizer.step()
+    assert steps_of(sink, "root/backward/grad_input") == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    for (_, payload), gradient in zip(sink.find("root/backward/grad_input"), expected, strict=True):
+        assert torch.equal(payload, gradient)
+    assert x._backward_hooks is None
 
 
 def test_only_selected_steps_are_captured():

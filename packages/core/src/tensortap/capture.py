@@ -4,88 +4,31 @@ from __future__ import annotations
 
 import itertools
 import sys
-import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 from tensortap import backends
 from tensortap.backends import Backend
+from tensortap.choices import Choices
 from tensortap.config import Settings
 from tensortap.coverage import Coverage
-from tensortap.errors import SelectionError
+from tensortap.gradients import Gradients, Sighting
 from tensortap.graphs import outside_graph
 from tensortap.integration import Site
 from tensortap.names import interned
-from tensortap.records import Coordinates, FormatInfo, Placement, TensorRecord, Values
+from tensortap.records import Coordinates, FormatInfo, Placement, TensorRecord
 from tensortap.steps import Frame, StepClock
 from tensortap.transfer import Transfer
 from tensortap.walk import tensors_in
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 SAMPLE = 4096
 """A sample holds between half and all of this many elements, or the whole of a smaller tensor."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sighting:
-    """A tensor seen at a site: what becomes a record once its values are on the way."""
-
-    site: Site
-    phase: str
-    tensor: str
-    at: Coordinates
-    values: Values
-    dims: str | None = None
-    format: FormatInfo | None = None
-
-
-class Choices:
-    """Which tensors are recorded, and how: selection, phases and values, decided once a name."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._made: dict[tuple[str, str, str], Values | None] = {}
-
-    def __call__(self, module: str, phase: str, tensor: str) -> Values | None:
-        """How the tensor is to be recorded, or `None` when it is not selected."""
-        key = (module, phase, tensor)
-        try:
-            return self._made[key]
-        except KeyError:
-            name = f"{module}/{phase}/{tensor}"
-            chosen = phase in self._settings.phases and self._settings.select.matches(name)
-            values = self._settings.values(name) if chosen else None
-            self._made[key] = values
-            return values
-
-    def wants(self, site: Site) -> bool:
-        """Could any tensor of the site be selected? Decides whether it is hooked at all."""
-        for phase, prefix in (("forward", ""), ("backward", "grad_")):
-            if phase not in self._settings.phases:
-                continue
-            for tensor in site.tensors:
-                word = f"{prefix}{tensor}"
-                if self(site.name, phase, word) is not None:
-                    return True
-                several = f"{site.name}/{phase}/{word}."
-                if site.kind == "module" and self._settings.select.may_match(several):
-                    return True
-        return False
-
-    def sites_in(self, sites: Sequence[Site], parameters: Sequence[str]) -> list[Site]:
-        """The selected sites; raises `SelectionError` when not even a parameter is selected."""
-        selected = [site for site in sites if self.wants(site)]
-        if all(site.silent for site in selected) and not self._any(parameters):
-            for site in selected:
-                raise SelectionError(f"{site.name} cannot be captured: {site.silent}.")
-            names = [f"{site.name}/forward/{tensor}" for site in sites for tensor in site.tensors]
-            raise self._settings.select.nothing_in([*names, *parameters], "this model")
-        return selected
-
-    def _any(self, names: Sequence[str]) -> bool:
-        return any(self(*name.split("/")) is not None for name in names)
 
 
 class Capture:
@@ -110,27 +53,44 @@ class Capture:
         self._failed = failed
         self._on_stopped: Callable[[], None] | None = None
         self._backends: dict[str, Backend] = {}
-        self._watched: dict[int, _Watched] = {}
+        self._gradients = Gradients(self._gradient, clock.frame)
         self._seq = itertools.count()
-        self.enter = outside_graph(self._enter)
+        self.enter = self._guarded(self._enter)
         """Begin a call of a site; `None` when its step is not selected."""
-        self.see = outside_graph(self._see)
+        self.see = self._guarded(self._see)
         """Record the selected tensors of a call, and have their gradients watched."""
-        self.emit = outside_graph(self._emit_guarded)
-        """Hand one tensor to the transfer under all its names; safe to call inside the model."""
+        self.mark = self._guarded(self._mark)
+        """Have the first gradient of a forward tell which forward this backward belongs to."""
+        self.emit = self._guarded(self._emit)
+        """Hand one tensor to the transfer under all its names."""
 
     def stop(self, tell: Callable[[], None] | None = None) -> None:
         """Capture nothing from now on; the next call of a site tells why."""
         self.active = False
         self._on_stopped = tell
+        if tell is None:
+            self._gradients.release()
+
+    def _guarded(self, act: Callable[P, R]) -> Callable[P, R | None]:
+        """`act` outside compiled graphs; what it raises goes to `failed`, not to the model."""
+
+        def guarded(*args: P.args, **kwargs: P.kwargs) -> R | None:
+            if self._on_stopped is not None:
+                self._on_stopped()
+            try:
+                return act(*args, **kwargs)
+            except Exception as failure:  # `failed` reports it; the model must go on.
+                self._failed(failure)
+                return None
+
+        return outside_graph(guarded)
 
     def _enter(self, site: Site) -> SiteCall | None:
         if not self.active:
-            if self._on_stopped is not None:
-                self._on_stopped()
             return None
         frame = self.clock.frame()
-        return SiteCall(self, site, frame, frame.enter(site.name)) if frame.selected else None
+        at = frame.enter(site.name)  # Also of a step that is not selected: calls are counted.
+        return SiteCall(self, site, frame, at) if frame.selected else None
 
     def _see(
         self,
@@ -146,38 +106,28 @@ class Capture:
                 values = self.choices(site.name, "forward", name)
                 if values is not None:
                     seen = Sighting(site, "forward", name, at, values, dims.get(name), format)
-                    self._emit_guarded(tensor, [seen])
-                if not (tensor.requires_grad and torch.is_grad_enabled()):
+                    self._emit(tensor, [seen])
+                if not _gets_gradient(tensor):
                     continue
                 gradient = "grad_" + name
                 values = self.choices(site.name, "backward", gradient)
                 if values is not None:
                     seen = Sighting(site, "backward", gradient, forward, values, dims.get(name))
-                    self._watch(tensor, call.frame, seen)
+                    self._gradients.watch(tensor, call.frame, seen)
 
-    def _watch(self, tensor: torch.Tensor, frame: Frame, seen: Sighting) -> None:
-        """One hook serves every site that sees the same tensor: its total gradient is one value.
+    def _mark(self, output: Any, frame: Frame) -> None:
+        for _, tensor in tensors_in("output", output):
+            if _gets_gradient(tensor):
+                self._gradients.watch(tensor, frame, None)
 
-        The version tells an in-place result from the value before it: same object, other gradient.
-        """
-        watched = self._watched.get(id(tensor))
-        if watched is None or not watched.is_for(tensor):
-            watched = self._watched[id(tensor)] = _Watched(tensor, frame, self)
-            tensor.register_hook(watched.fire)  # type: ignore[no-untyped-call]
-        watched.seen.append(seen)
+    def _gradient(self, gradient: torch.Tensor, frame: Frame, seen: Sequence[Sighting]) -> None:
+        """A watched gradient arrived, of a tensor seen in `frame`."""
+        if self.active:
+            self.clock.backward_reached(frame)
+            if seen:
+                self.emit(gradient, seen)
 
-    def forget(self, key: int, watched: _Watched) -> None:
-        """The tensor behind `key` is gone; its address may be another tensor's next."""
-        if self._watched.get(key) is watched:
-            del self._watched[key]
-
-    def _emit_guarded(self, tensor: torch.Tensor, seen: Sequence[Sighting]) -> None:
-        try:
-            with torch.no_grad():
-                self._emit(tensor, seen)
-        except Exception as failure:  # Reported by `failed`; the model must go on.
-            self._failed(failure)
-
+    @torch.no_grad()
     def _emit(self, tensor: torch.Tensor, seen: Sequence[Sighting]) -> None:
         plain = tensor if type(tensor) in _PLAIN else _local(tensor)
         reason = _unreadable(plain)
@@ -194,8 +144,11 @@ class Capture:
                 self._transfer.statistics(records, backend, reduction)
                 continue
             refused = self._transfer.payload(records, backend, reduction, plain)
-            for record in records if refused else ():
-                self.coverage.gap(str(record.name), str(refused))
+            if refused is not None:  # The statistics are there, and cost no room.
+                bare = [replace(record, values="stats", stride=1) for record in records]
+                self._transfer.statistics(bare, backend, reduction)
+                for record in records:
+                    self.coverage.gap(str(record.name), refused)
 
     def _record(
         self, plain: torch.Tensor, tensor: torch.Tensor, seen: Sighting, stride: int
@@ -248,29 +201,6 @@ class SiteCall:
         self._capture.see(self, tensors, named, format)
 
 
-class _Watched:
-    """Waits for the gradient of one tensor; holds the tensor weakly, or it would never be freed."""
-
-    __slots__ = ("_capture", "_frame", "_tensor", "_version", "seen")
-
-    def __init__(self, tensor: torch.Tensor, frame: Frame, capture: Capture) -> None:
-        key = id(tensor)
-        self._tensor = weakref.ref(tensor, lambda _: capture.forget(key, self))
-        self._version = tensor._version
-        self._frame = frame
-        self._capture = capture
-        self.seen: list[Sighting] = []
-
-    def is_for(self, tensor: torch.Tensor) -> bool:
-        return self._tensor() is tensor and self._version == tensor._version
-
-    def fire(self, gradient: torch.Tensor | None) -> None:
-        """Called by autograd once per backward pass, with the total gradient of the tensor."""
-        if gradient is not None and self._capture.active:
-            self._capture.clock.backward_reached(self._frame)
-            self._capture.emit(gradient, self.seen)
-
-
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _META = "meta tensor: it has a shape but no data"
 _NOTES = (_META,)
@@ -285,6 +215,11 @@ def _has_memory(tensor: torch.Tensor) -> bool:
         return tensor.numel() == 0 or tensor.untyped_storage().data_ptr() != 0
     except (RuntimeError, NotImplementedError):  # How functional tensors say no.
         return False
+
+
+def _gets_gradient(tensor: torch.Tensor) -> bool:
+    """Will autograd bring a gradient for this use of the tensor?"""
+    return tensor.requires_grad and torch.is_grad_enabled() and not tensor.is_inference()
 
 
 def _name(seen: Sighting) -> str:

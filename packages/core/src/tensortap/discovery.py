@@ -12,19 +12,11 @@ from torch import nn
 import tensortap
 from tensortap.errors import NotSupported, PluginError, nearest
 from tensortap.integration import Integration, Observer, Site
-from tensortap.names import ROOT, escape
+from tensortap.names import ROOT
 from tensortap.undo import Undo
+from tensortap.wrappers import claim, unwrapped_modules
 
 GROUP = "tensortap.integrations"
-
-_WRAPPERS = {
-    "_orig_mod": "OptimizedModule",
-    "module": "DistributedDataParallel DataParallel FullyShardedDataParallel Float16Module",
-    "_fsdp_wrapped_module": "FullyShardedDataParallel",
-    "_checkpoint_wrapped_module": "CheckpointWrapper",
-}
-"""Attribute that holds the wrapped module -> classes that wrap without changing meaning."""
-_WRAPPER_WORDS = frozenset(_WRAPPERS) - {"module"}
 
 
 class NativeIntegration:
@@ -37,9 +29,10 @@ class NativeIntegration:
         return None
 
     def sites(self, model: nn.Module) -> Sequence[Site]:
+        taken: set[str] = set()
         return [
-            Site(name=escape(native_path(path)) or ROOT, native=path, module=module)
-            for path, module in model.named_modules()
+            Site(name=claim(taken, path or ROOT, native), native=native, module=module)
+            for native, path, module in unwrapped_modules(model)
         ]
 
     def install(
@@ -49,21 +42,6 @@ class NativeIntegration:
 
     def describe(self, model: nn.Module) -> Mapping[str, Any]:
         return {}
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DDP, `torch.compile` and similar wrappers."""
-    for attribute, classes in _WRAPPERS.items():
-        if type(model).__name__ in classes.split():
-            inner = getattr(model, attribute, None)
-            if isinstance(inner, nn.Module):
-                return unwrap(inner)
-    return model
-
-
-def native_path(path: str) -> str:
-    """A module path without the words that nested wrappers put into it."""
-    return ".".join(word for word in path.split(".") if word not in _WRAPPER_WORDS)
 
 
 def aliases(model: nn.Module) -> Iterator[tuple[str, str]]:

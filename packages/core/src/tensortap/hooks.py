@@ -14,7 +14,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from tensortap.capture import Capture, Choices, Sighting, SiteCall
+from tensortap.capture import Capture, SiteCall
+from tensortap.choices import Choices
+from tensortap.gradients import Sighting
 from tensortap.graphs import outside_graph
 from tensortap.integration import Site
 from tensortap.names import escape
@@ -49,9 +51,10 @@ def _is(module: nn.Module, ours: nn.Module) -> bool:
 class ContainerHooks:
     """Tells the clock where forwards of modules with children begin and end."""
 
-    def __init__(self, capture: Capture, module: nn.Module) -> None:
+    def __init__(self, capture: Capture, module: nn.Module, *, root: bool) -> None:
         self._capture = capture
         self._module = module
+        self._root = root
         self._training = any(p.requires_grad for p in module.parameters())
 
     def install(self, undo: Undo) -> None:
@@ -64,18 +67,17 @@ class ContainerHooks:
 
     def begin(self, module: nn.Module, *_: Any) -> None:
         """Before the module's forward."""
-        capture = self._capture
-        if _is(module, self._module) and capture.active:
-            training = self._training and torch.is_grad_enabled() and self._learns(module)
-            capture.clock.open(self._module, training=training)
+        clock = self._capture.clock
+        if _is(module, self._module) and self._capture.active:
+            learns = self._training and (module.training or clock.trained)
+            clock.open(self._module, root=self._root, training=learns and torch.is_grad_enabled())
 
-    def end(self, module: nn.Module, *_: Any) -> None:
-        """After the module's forward."""
+    def end(self, module: nn.Module, args: Any, output: Any) -> None:
+        """After the module's forward: the gradient of its output will come first in backward."""
         if _is(module, self._module):
-            self._capture.clock.close(self._module)
-
-    def _learns(self, module: nn.Module) -> bool:
-        return module.training or self._capture.clock.trained
+            frame = self._capture.clock.close(self._module)
+            if frame is not None and self._capture.active:
+                self._capture.mark(output, frame)
 
 
 class _Bound(_Hook):
@@ -114,25 +116,29 @@ class ModuleHooks:
         if not _is(module, self._site.module):
             return
         call = self._capture.enter(self._site)
+        self._thread.push(call)
         if call is not None:
-            self._thread.push(call)
-            call.capture(dict(arguments(self._first, args, kwargs)))
+            call.capture(arguments(self._first, args, kwargs))
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Capture what the module returned."""
         if _is(module, self._site.module) and self._thread.calls:
-            self._thread.calls.pop().capture({"output": output})
+            call = self._thread.calls.pop()
+            if call is not None:
+                call.capture({"output": output})
 
 
 class _OpenCalls(threading.local):
     """Calls of one module under way in this thread; more than one when it calls itself."""
 
     def __init__(self) -> None:
-        self.calls: list[SiteCall] = []
+        self.calls: list[SiteCall | None] = []
 
-    def push(self, call: SiteCall) -> None:
-        if self.calls and self.calls[-1].frame is not call.frame:
-            self.calls.clear()  # Left over from a forward that raised.
+    def push(self, call: SiteCall | None) -> None:
+        """Add a call, `None` when it is not selected; forget what a raising forward left."""
+        last = self.calls[-1] if self.calls else None
+        if call is None or last is None or last.frame is not call.frame:
+            self.calls.clear()
         self.calls.append(call)
 
 
@@ -169,7 +175,7 @@ class ParameterHooks:
         if self._capture is None or not self._capture.active or not frame.selected:
             return
         for parameter in self._owners:
-            seen = self._seen(parameter, "param", _outside_calls(frame))
+            seen = self._seen(parameter, "param", frame.whole())
             if seen:
                 self._capture.emit(parameter, seen)
 
@@ -178,7 +184,7 @@ class ParameterHooks:
             return
         frame = self._capture.clock.frame()
         if frame.selected:
-            seen = self._seen(parameter, "grad", _outside_calls(frame))
+            seen = self._seen(parameter, "grad", frame.whole(frame.microbatch))
             self._capture.emit(parameter.grad, seen)
 
     def _seen(self, parameter: torch.Tensor, phase: str, at: Coordinates) -> list[Sighting]:
@@ -191,10 +197,6 @@ class ParameterHooks:
             for site, name, values in chosen
             if values is not None
         ]
-
-
-def _outside_calls(frame: Frame) -> Coordinates:
-    return Coordinates(frame.step, frame.microbatch, 0, frame.rank, False, frame.eval)
 
 
 def _forget_hooks(parameter: nn.Parameter) -> None:

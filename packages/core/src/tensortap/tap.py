@@ -7,8 +7,10 @@ import os
 import sys
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,11 +18,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from tensortap.capture import Capture, Choices, Sighting
+from tensortap.capture import Capture
+from tensortap.choices import Choices
 from tensortap.config import Settings
 from tensortap.coverage import Coverage, explain_absences
-from tensortap.discovery import aliases, discover, unwrap
+from tensortap.discovery import aliases, discover
 from tensortap.errors import CaptureError, CaptureWarning, ConfigError
+from tensortap.gradients import Sighting
 from tensortap.hooks import ContainerHooks, ModuleHooks, ParameterHooks, ancestors
 from tensortap.integration import Site
 from tensortap.launch import default_run, rank_and_world
@@ -35,6 +39,7 @@ from tensortap.store import RunDirectorySink
 from tensortap.targets import mark_tapped, modules_to_tap
 from tensortap.transfer import Transfer
 from tensortap.undo import Undo
+from tensortap.wrappers import unwrap
 
 
 def attach(
@@ -62,12 +67,12 @@ def attach(
     leaves nothing behind when it does.
     """
     settings = Settings.resolve(options)
-    models = modules_to_tap(model)
     tap = Tap(settings)
     rank, world = rank_and_world()
     if settings.enabled and rank in settings.ranks:
+        roots = [unwrap(module) for module in modules_to_tap(model)]
         with Undo() as undo:
-            tap._install([unwrap(module) for module in models], sink, (rank, world), undo)
+            tap._install(roots, sink, (rank, world), undo)
     return tap
 
 
@@ -101,12 +106,17 @@ class Tap:
         The selection of names does not apply, those of steps and ranks do.
         """
         parsed = TensorName.parse(name)
+        if not isinstance(tensor, torch.Tensor):
+            raise ConfigError(
+                f"record({name!r}, …) takes a torch.Tensor, not {type(tensor).__name__}; "
+                "a number becomes one with torch.tensor(number)."
+            )
         if not self.attached or not self._capture.active:
             return
         frame = self._clock.frame()
         if frame.selected:
             site = Site(parsed.module, "", self._roots[0])
-            at = frame.enter(f"by hand: {name}")
+            at = frame.count(f"by hand: {name}")
             values = self.settings.values(name)
             seen = Sighting(site, parsed.phase, parsed.tensor, at, values, dims)
             self._capture.emit(tensor, [seen])
@@ -155,9 +165,8 @@ class Tap:
         self, roots: list[nn.Module], sink: Any, place: tuple[int, int], undo: Undo
     ) -> None:
         plugins = [discover(root, self.settings.using) for root in roots]
-        sites = [list(p.sites(root)) for p, root in zip(plugins, roots, strict=True)]
+        sites = _told_apart([p.sites(root) for p, root in zip(plugins, roots, strict=True)])
         every = [site for some in sites for site in some]
-        _refuse_same_names(every)
         choices = Choices(self.settings)
         self._roots = roots
         self._parameters = ParameterHooks(every, choices)
@@ -202,7 +211,7 @@ class Tap:
         """Install hooks; a container's end comes last, after what is captured at its end."""
         tapped = [site.module for site in self._selected]
         containers = [
-            ContainerHooks(self._capture, module)
+            ContainerHooks(self._capture, module, root=module is root)
             for root in self._roots
             for module in ancestors(root, tapped)
         ]
@@ -270,11 +279,16 @@ class Tap:
             if self.settings.on_error == "raise":
                 raise CaptureError(message) from self._failure
             warnings.warn(message, CaptureWarning, stacklevel=2)
-        elif not self.coverage.total:
+        elif not self.coverage.total or self._no_hook_ran():
             raise CaptureError(f"tensortap captured nothing: {self._why_nothing()}")
 
+    def _no_hook_ran(self) -> bool:
+        """Gradients of parameters came, yet no module was called: compiled code skips hooks."""
+        gradients = any(phase == "grad" for _, phase in self.coverage.places())
+        return bool(self._selected) and gradients and self._clock.opened == 0
+
     def _why_nothing(self) -> str:
-        if self._clock.began == 0:
+        if self._clock.opened == 0:
             return (
                 "the model was not called while it was attached, or only inside code that "
                 "torch.compile had made before. Attach before the first call."
@@ -303,13 +317,13 @@ class Tap:
             print(f"tensortap: {failure}", file=sys.stderr)
 
 
-def _refuse_same_names(sites: Sequence[Site]) -> None:
-    """Two places with one name could not be told apart in the run."""
-    seen: dict[str, Site] = {}
-    for site in sites:
-        first = seen.setdefault(site.name, site)
-        if first is not site:
-            raise ConfigError(
-                f"Two modules share the name {site.name!r} ({first.native!r} and {site.native!r}); "
-                "attach to models one by one, or to a module that holds them all."
-            )
+def _told_apart(sites: Sequence[Sequence[Site]]) -> list[list[Site]]:
+    """Names that occur in several models of a list become `chunks.0.root`, `chunks.1.root`, …."""
+    counts = Counter(site.name for some in sites for site in some)
+    return [
+        [
+            replace(site, name=f"chunks.{number}.{site.name}") if counts[site.name] > 1 else site
+            for site in some
+        ]
+        for number, some in enumerate(sites)
+    ]

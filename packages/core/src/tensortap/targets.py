@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from tensortap.errors import AlreadyAttached, ConfigError, NotSupported
 from tensortap.undo import Undo
@@ -26,6 +27,7 @@ def modules_to_tap(model: Any) -> list[nn.Module]:
             )
         _refuse_second_tap(module)
         _refuse_compiled(module)
+        _refuse_lazy(module)
     if not models:
         raise ConfigError("attach() was given an empty list of models.")
     return models
@@ -60,6 +62,14 @@ def _refuse_compiled(model: nn.Module) -> None:
                 f"{type(module).__name__} has run under torch.compile already, and compiled code "
                 "ignores hooks that come later. Attach before the first call, or call "
                 "torch.compiler.reset() first."
+            )
+
+
+def _refuse_lazy(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise NotSupported(
+                f"The parameter {name} has no shape yet; run the model once, then attach."
             )
 
 

@@ -23,6 +23,9 @@ _PAGE = 4096
 _STATISTICS_AT_ONCE = 4096
 """Unresolved statistics held before they are flushed inside a very long step."""
 
+_MOST_WAITING = 1 << 16
+"""Records waiting for a sink that is slower than the model; some 60 MiB without payloads."""
+
 
 class HostPool:
     """Reused host buffers: a fresh allocation per tensor would cost a page fault per 4 KiB."""
@@ -49,7 +52,7 @@ class HostPool:
             idle = self._free.get((size, pinned))
             if idle:
                 return idle.pop()
-        return torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+        return torch.empty(size, dtype=torch.uint8, pin_memory=pinned, device="cpu")
 
     def give(self, buffer: torch.Tensor) -> None:
         """Return a buffer; its memory may be handed out again at once."""
@@ -198,6 +201,8 @@ class Transfer:
 
     def _put(self, *items: _Item | _StepEnd | None) -> None:
         with self._ready:
+            while len(self._queue) > _MOST_WAITING and self._may_wait():
+                self._ready.wait(timeout=0.5)
             self._queue.extend(items)
             self._ready.notify_all()
 
@@ -209,11 +214,13 @@ class Transfer:
 
     def close(self) -> None:
         """Write what is left and end the thread; the sink is not closed here."""
-        with self._hand_in:
-            self._resolve()
-        self._put(None)
-        self._thread.join()
-        self.pool.clear()
+        try:
+            with self._hand_in:
+                self._resolve()
+        finally:
+            self._put(None)
+            self._thread.join()
+            self.pool.clear()
 
     def _run(self) -> None:
         while True:

@@ -16,24 +16,28 @@ from tensortap.names import escape
 def tensors_in(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """`(name, tensor)` pairs of a nested value, each tensor named by its path.
 
-    The first element of an outer tuple keeps the bare name: `output`, `output.1`, `output.2.0`.
-    Tuples, lists, mappings and dataclasses are walked; other objects are left alone.
+    The first element of an outer tuple keeps the bare name if it is a tensor itself: `output`,
+    `output.1`, `output.2.0`; else it is `output.0.…`. Tuples, lists, mappings and dataclasses
+    are walked, each object once; other objects are left alone.
     """
-    if isinstance(value, torch.Tensor):
-        yield name, value
-    elif isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
-        for index, item in enumerate(value):
-            yield from _nested(name if index == 0 else f"{name}.{index}", item)
+    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
+        if value and isinstance(value[0], torch.Tensor):
+            yield name, value[0]
+            rest: Iterator[tuple[int, Any]] = enumerate(value[1:], start=1)
+        else:
+            rest = enumerate(value)
+        for index, item in rest:
+            yield from _nested(f"{name}.{index}", item, {id(value)})
     else:
-        yield from _nested(name, value)
+        yield from _nested(name, value, set())
 
 
-def _nested(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
+def _nested(name: str, value: Any, above: set[int]) -> Iterator[tuple[str, torch.Tensor]]:
     if isinstance(value, torch.Tensor):
         yield name, value
-        return
-    for key, item in _members(value):
-        yield from _nested(f"{name}.{escape(key)}", item)
+    elif id(value) not in above:
+        for key, item in _members(value):
+            yield from _nested(f"{name}.{escape(key)}", item, above | {id(value)})
 
 
 def _members(value: Any) -> Iterator[tuple[str, Any]]:
@@ -49,15 +53,18 @@ def _members(value: Any) -> Iterator[tuple[str, Any]]:
 
 def arguments(
     first: str | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Iterator[tuple[str, Any]]:
+) -> dict[str, Any]:
     """Name the arguments of a call: the first parameter is `input` however it is passed.
 
     Further positional arguments are `input.1`, …, keywords `input.attention_mask`.
     """
-    for index, value in enumerate(args):
-        yield ("input" if index == 0 else f"input.{index}"), value
+    named: dict[str, Any] = {"input": args}
     for key, value in kwargs.items():
-        yield ("input" if key == first and not args else f"input.{escape(key)}"), value
+        if key == first and not args:
+            named["input"] = (value,)
+        else:
+            named[f"input.{escape(key)}"] = value
+    return named
 
 
 def first_parameter(module: nn.Module) -> str | None:

@@ -11,9 +11,10 @@ from torch import nn
 
 from tensortap.integration import Observer, Site
 from tensortap.undo import Undo
+from tensortap.wrappers import claim
 from tensortap_hf import attention, fused, generation, mixer
 from tensortap_hf.dims import axes
-from tensortap_hf.naming import Named, claim, named
+from tensortap_hf.naming import Named, named
 from tensortap_hf.words import INNER
 
 TESTED = ("5.20", "6")

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from tensortap.names import ROOT, escape
+from tensortap import wrappers
+from tensortap.names import ROOT
+from tensortap.wrappers import claim, unwrapped_modules
 from tensortap_hf.words import CONTAINERS, CONTEXTS, LISTS, TOP, Words, layer_words
-
-_WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,7 +29,7 @@ def named(model: nn.Module, config: Any) -> list[Named]:
     Wrappers (DDP, `torch.compile`, PEFT, …) are left out: what they wrap has their name. No two
     names are equal: a module whose name is taken keeps its native path.
     """
-    found = list(_unwrapped(model, "", "", set()))
+    found = list(unwrapped_modules(model, wrapped))
     grammar = _Grammar([(path, module) for _, path, module in found], config, _embedding(model))
     taken: set[str] = set()
     return [
@@ -38,43 +38,11 @@ def named(model: nn.Module, config: Any) -> list[Named]:
     ]
 
 
-def claim(taken: set[str], name: str, path: str) -> str:
-    """The first of canonical name and native path that is free, escaped; takes it."""
-    wanted, fallback = escape(name), escape(path)
-    while wanted in taken:
-        wanted, fallback = fallback, fallback + "_"
-    taken.add(wanted)
-    return wanted
-
-
 def wrapped(module: nn.Module) -> str | None:
-    """The attribute under which a wrapper holds the module it stands for."""
-    children = list(module._modules)
-    if len(children) == 1 and children[0] in _WRAPPERS:
-        return children[0]
+    """The attribute under which a wrapper, PEFT's among them, holds the module it stands for."""
     if type(module).__module__.startswith("peft."):  # A PEFT model, and the tuner inside of it.
-        return next((key for key in ("base_model", "model") if key in children), None)
-    return None
-
-
-def _unwrapped(
-    module: nn.Module, native: str, path: str, seen: set[nn.Module]
-) -> Iterator[tuple[str, str, nn.Module]]:
-    """(native path, path without the words of wrappers, module), as `named_modules` goes."""
-    if module in seen:
-        return
-    seen.add(module)
-    inner = wrapped(module)
-    if inner is None:
-        yield native, path, module
-    for key, child in module._modules.items():
-        if child is not None:
-            below = path if key == inner else _join(path, key)
-            yield from _unwrapped(child, _join(native, key), below, seen)
-
-
-def _join(path: str, word: str) -> str:
-    return f"{path}.{word}" if path else word
+        return next((key for key in ("base_model", "model") if key in module._modules), None)
+    return wrappers.wrapped(module)
 
 
 def _embedding(model: nn.Module) -> Any:
