@@ -427,6 +427,9 @@ def test_two_taps_on_two_models_can_be_detached_in_any_order():
         ({"on_error": "ignore"}, "choose from warn, raise"),
         ({"using": "megatrn"}, "no integration 'megatrn'"),
         ({"metadata": "text"}, "metadata is a dictionary"),
+        ({"select": 3}, "select=3 is of the wrong kind"),
+        ({"values": 5}, "values=5 is of the wrong kind"),
+        ({"phases": 5}, "phases=5 is of the wrong kind"),
     ],
 )
 def test_bad_options_say_what_is_allowed(options, says):
@@ -461,8 +464,47 @@ def test_a_capture_of_nothing_is_an_error():
     model = Mlp().eval()
     tap = tensortap.attach(model, tensortap.MemorySink(), steps="100:")
     model(torch.ones(1, 8))
-    with pytest.raises(tensortap.CaptureError, match="the run ended at 1"):
+    with pytest.raises(tensortap.CaptureError, match="there were 1 steps, counted from 0"):
         tap.detach()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"values": {"upp.*": "full"}}, r"values \('upp\.\*'\).*Closest names: 'up/\*'"),
+        ({"select": "up/*,donw/*"}, r"select: the pattern 'donw/\*'.*'down/\*'"),
+        ({"select": "*,!*/forward/inptu"}, r"the pattern '\*/forward/inptu' matches nothing"),
+    ],
+)
+def test_a_pattern_that_matches_nothing_beside_others_is_a_warning(options, says):
+    model = Mlp()
+    with pytest.warns(tensortap.CaptureWarning, match=f"(?s){says}"):
+        tap = tensortap.attach(model, tensortap.MemorySink(), **options)
+    model(torch.ones(1, 8))
+    tap.detach()
+
+
+def test_patterns_that_could_match_are_not_warned_about():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sink = run(Mlp(), torch.ones(1, 8), select="up,*.q,!up/*/input.*,*/output.1,re:x.*")
+    assert "up/forward/output" in sink.names()
+
+
+def test_a_misspelt_variable_of_the_environment_is_a_warning(monkeypatch):
+    monkeypatch.setenv("TENSORTAP_SELCT", "up/*")
+    with pytest.warns(tensortap.CaptureWarning, match="TENSORTAP_SELCT.*'TENSORTAP_SELECT'"):
+        run(Mlp(), torch.ones(1, 8))
+
+
+def test_detach_all_ends_what_a_failed_cell_left():
+    models = [Mlp(), Mlp()]
+    taps = [tensortap.attach(model, tensortap.MemorySink()) for model in models]
+    for model in models:
+        model(torch.ones(1, 8))
+    tensortap.detach_all()
+    assert not any(tap.attached for tap in taps)
+    tensortap.detach_all()
 
 
 def test_what_is_awkward_to_walk_does_not_reach_the_model():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -58,6 +59,18 @@ def test_show_narrows_and_says_how_much_it_left_out(cli, run):
     assert "down/" not in out
 
 
+def test_show_never_cuts_a_number_in_a_narrow_terminal(cli, run, monkeypatch):
+    wide = cli("show", run, "--select", "down/*")[1]
+    monkeypatch.setenv("COLUMNS", "40")
+    narrow = cli("show", run, "--select", "down/*")[1]
+    assert narrow == wide
+    assert all(heading in narrow for heading in ("absmax", "NaN", "Inf"))
+
+
+def test_the_version_is_printed(cli):
+    assert cli("--version")[1].strip() == f"tensortap {tensortap.__version__}"
+
+
 def test_show_as_json(cli, run):
     code, out, _ = cli("show", run, "--json", "--select", "up/forward/output")
     shown = json.loads(out)
@@ -78,6 +91,41 @@ def test_coverage_exits_with_one_on_a_gap_only(cli, run, tmp_path):
     assert "down: selected, but never called" in out
     code, out, _ = cli("coverage", tmp_path / "gap", "--json")
     assert (code, json.loads(out)["gaps"][0]["name"]) == (1, "down")
+
+
+def test_coverage_of_a_run_that_died_says_what_is_known(cli, run, tmp_path):
+    died = tmp_path / "died"
+    shutil.copytree(run, died)
+    (died / "rank00000" / "coverage.json").unlink()
+    code, out, _ = cli("coverage", died)
+    whole = cli("coverage", run)[1]
+    assert code == 1
+    assert out.splitlines()[0] == whole.splitlines()[0]
+    assert "what is missing is not known" in out
+
+
+def test_notes_that_repeat_in_every_layer_are_one_line(cli, tmp_path):
+    model = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(4)))
+    model.forward = lambda x: model[0](x)
+    with tensortap.attach(model, tmp_path / "run"):
+        model(torch.ones(1, 2))
+    out = cli("coverage", tmp_path / "run")[1]
+    assert "  1: never called" in out or "(3 names): never called" in out
+
+
+def test_an_imported_run_counts_its_records(cli, run, tmp_path):
+    cli("export", run, "--out", tmp_path / "up", "--select", "up/*")
+    cli("import", tmp_path / "up", "--out", tmp_path / "back")
+    code, out, _ = cli("coverage", tmp_path / "back")
+    assert code == 0
+    assert out.startswith("14 records of 7 tensors in 2 step(s)")
+
+
+def test_an_exported_folder_is_not_taken_for_a_run(cli, run, tmp_path):
+    cli("export", run, "--out", tmp_path / "up", "--select", "up/*")
+    code, _, err = cli("show", tmp_path / "up")
+    assert code == 2
+    assert "tensortap import" in err
 
 
 def test_doctor_finds_everything_well(cli):
@@ -103,7 +151,7 @@ def test_recover_reports_and_leaves_a_whole_run_alone(cli, run):
 def test_export_and_import_give_the_same_run_again(cli, run, tmp_path):
     code, out, _ = cli("export", run, "--out", tmp_path / "pt", "--layout", "pt")
     assert code == 1  # The statistics-only records cannot be exported, and are named.
-    assert "skipped root/forward/input" in out
+    assert "and 29 more: statistics only; capture with values='full'" in out
     assert cli("export", run, "--out", tmp_path / "up", "--select", "up/*")[0] == 0
     assert cli("import", tmp_path / "up", "--out", tmp_path / "back")[0] == 0
     before, after = tensortap.open_run(run), tensortap.open_run(tmp_path / "back")
@@ -149,11 +197,14 @@ def test_a_pt_file_that_runs_code_is_refused(cli, tmp_path):
         (["import", "{tmp}", "--out", "{tmp}/x"], "holds no .pt files"),
         (["import", "{tmp}/no", "--out", "{tmp}/x"], "no"),
         (["shoow"], "No such command"),
+        (["show", "{run}", "--step", 7], "its steps are [0, 1]"),
+        (["show", "{run}", "--rank", 5], "no rank 5"),
+        (["export", "{run}", "--out", "/proc/none/x"], "/proc/none/x"),
         (["show", "{run}", "--step", "two"], "--step"),
     ],
 )
 def test_a_users_mistake_is_a_short_error_with_exit_code_2(cli, run, tmp_path, arguments, says):
-    filled = [a.format(run=run, tmp=tmp_path) for a in arguments]
+    filled = [str(a).format(run=run, tmp=tmp_path) for a in arguments]
     code, _, err = cli(*filled)
     assert code == 2
     assert says in err

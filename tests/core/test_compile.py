@@ -42,7 +42,10 @@ def test_a_model_attached_before_its_first_compiled_call_is_captured(when):
 
 def test_attaching_after_the_first_compiled_call_is_refused():
     model = Mlp()
-    torch.compile(model, backend="eager")(X)
+    compiled = torch.compile(model, backend="eager")
+    compiled(X)
+    with tensortap.attach(other := Mlp(), tensortap.MemorySink()):
+        other(X)
     with pytest.raises(tensortap.NotSupported, match="Attach before the first call"):
         tensortap.attach(model, tensortap.MemorySink())
     torch.compiler.reset()

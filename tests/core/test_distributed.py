@@ -50,6 +50,7 @@ SCRIPT = """
     if tapped:
         tap.detach()
     torch.save(model.state_dict(), f"{out}/{sys.argv[2]}{dist.get_rank()}.pt")
+    dist.barrier()
     dist.destroy_process_group()
 """
 

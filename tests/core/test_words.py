@@ -104,6 +104,8 @@ def test_near_misses_name_whole_names_or_modules():
         ("5", [5], [4, 6]),
         (7, [7], [0]),
         ("0:100:10", [0, 10, 90], [1, 100]),
+        (range(0, 10, 5), [0, 5], [1, 10]),
+        ([1, 4], [1, 4], [0, 2]),
         ("0,3:5", [0, 3, 4], [1, 2, 5]),
         ("10:", [10, 99], [9]),
         (":3", [0, 2], [3]),
@@ -123,7 +125,15 @@ def test_steps_that_cannot_be_read_name_the_setting(text):
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("256MiB", 256 << 20), ("2GB", 2 * 10**9), (4096, 4096), ("1.5KiB", 1536)]
+    ("text", "size"),
+    [
+        ("256MiB", 256 << 20),
+        ("2GB", 2 * 10**9),
+        (4096, 4096),
+        ("1.5KiB", 1536),
+        ("1kb", 1000),
+        ("256M", 256 * 10**6),
+    ],
 )
 def test_sizes(text, size):
     assert parse_bytes("max_pending", text) == size

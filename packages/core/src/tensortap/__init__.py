@@ -26,7 +26,7 @@ from tensortap.records import (
 from tensortap.selfcheck import SelfCheck, selfcheck
 from tensortap.sinks import MemorySink, TeeSink, TensorSink
 from tensortap.store import Run, RunDirectorySink, open_run
-from tensortap.tap import Tap, attach
+from tensortap.tap import Tap, attach, detach_all
 
 __version__ = "0.1.0"
 
@@ -58,6 +58,7 @@ __all__ = [
     "TensorSink",
     "TensortapError",
     "attach",
+    "detach_all",
     "open_run",
     "selfcheck",
 ]

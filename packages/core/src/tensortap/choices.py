@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 from tensortap.config import Settings
-from tensortap.errors import SelectionError
+from tensortap.errors import CaptureWarning, SelectionError
 from tensortap.integration import Site
 from tensortap.records import Values
+from tensortap.selection import closest
 
 
 class Choices:
@@ -50,8 +52,35 @@ class Choices:
             for site in selected:
                 raise SelectionError(f"{site.name} cannot be captured: {site.silent}.")
             names = [f"{site.name}/forward/{tensor}" for site in sites for tensor in site.tensors]
-            raise self._settings.select.nothing_in([*names, *parameters], "this model")
+            known = [*names, *parameters]
+            raise self._settings.select.nothing_in(known, "this model", hint=self._hint(sites))
         return selected
+
+    def _hint(self, sites: Sequence[Site]) -> str:
+        """What a native path in the selection is called; empty when there is none."""
+        text = self._settings.select.text
+        named = [site for site in sites if site.native and site.native in text]
+        best = max(named, key=lambda site: len(site.native), default=None)
+        if best is None or best.native == best.name:
+            return ""
+        return f" {best.native!r} is called {best.name!r} here."
+
+    def warn_of_dead(self, sites: Sequence[Site], parameters: Sequence[str]) -> None:
+        """A pattern that matches nothing among others that do is most likely a typo."""
+        words = [("forward", w) for s in sites for w in s.tensors]
+        words = list(dict.fromkeys(words + [("backward", f"grad_{w}") for _, w in words]))
+        names = [f"{site.name}/{phase}/{word}" for site in sites for phase, word in words]
+        said = {"select": self._settings.select}
+        said |= {f"values ({rule.text!r})": rule for rule, _ in self._settings.values.rules}
+        for option, selection in said.items():
+            for pattern in selection.dead([*names, *parameters], [f"{name}." for name in names]):
+                close = ", ".join(map(repr, closest(pattern, [*names, *parameters])))
+                warnings.warn(
+                    f"{option}: the pattern {pattern!r} matches nothing in this model. "
+                    f"Closest names: {close}.",
+                    CaptureWarning,
+                    stacklevel=5,
+                )
 
     def _any(self, names: Sequence[str]) -> bool:
         return any(self(*name.split("/")) is not None for name in names)

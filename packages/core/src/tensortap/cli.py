@@ -7,8 +7,10 @@ be done. A user's mistake is one line on stderr, never a traceback.
 from __future__ import annotations
 
 import json
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
 from itertools import islice
@@ -17,12 +19,15 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
+from rich.measure import Measurement
 from rich.progress import Progress
 from rich.table import Table
 
+import tensortap
 from tensortap.discovery import load_plugin
 from tensortap.doctor import examine
-from tensortap.errors import PluginError, TensortapError
+from tensortap.errors import PluginError, RunError, TensortapError
 from tensortap.layouts import layout
 from tensortap.records import TensorRecord
 from tensortap.selection import Selection
@@ -35,10 +40,24 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-_WIDE = 200
-"""Columns of a table that goes to a file or a pipe, where nothing needs to be folded."""
-_out = Console(width=None if sys.stdout.isatty() else _WIDE)
+_out = Console(soft_wrap=True)
 _err = Console(stderr=True)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        _out.print(f"tensortap {tensortap.__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    """See what happens to the numbers inside a model."""
+
 
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
@@ -63,13 +82,17 @@ def show(
             raise wanted.nothing_in(opened.names(), str(run))
         records = opened.records(select, step=step, rank=rank)
         shown = list(islice(records, limit or None))
+        if not shown:
+            raise RunError(
+                f"{run} has no such record at step {step}; its steps are {opened.steps}."
+            )
         more = sum(1 for _ in records)
         if as_json:
             tensors = [encode_record(record) for record in shown]
             _print_json(_summary(opened) | {"tensors": tensors, "not_shown": more})
             return
         _print_summary(opened)
-        _out.print(_table(shown))
+        _print_whole(_table(shown))
         if more:
             _out.print(f"… and {more:,} more: narrow --select or --step, or raise --limit.")
 
@@ -92,24 +115,28 @@ def _summary(run: Run) -> dict[str, Any]:
 def _print_summary(run: Run) -> None:
     facts = _summary(run)
     state = "[green]complete[/]" if run.complete else "[red]incomplete[/]"
-    _out.print(
-        f"[bold]{run.path}[/]  {facts['model']}, {len(facts['ranks'])} rank(s), "
-        f"{facts['names']} names, {state}"
-    )
+    path, model = escape(str(run.path)), escape(facts["model"])
+    ranks, names = len(facts["ranks"]), facts["names"]
+    _out.print(f"[bold]{path}[/]  {model}, {ranks} rank(s), {names} names, {state}")
     for problem in facts["problems"]:
-        _out.print(f"  [yellow]{problem}[/]", highlight=False)
+        _out.print(f"  {problem}", style="yellow", highlight=False, markup=False)
 
 
 def _table(records: list[TensorRecord]) -> Table:
     table = Table(box=None, header_style="bold")
-    table.add_column("tensor", overflow="fold", min_width=30)
-    for heading in ("step", "shape", "dtype"):
+    for heading in ("tensor", "step", "shape", "dtype"):
         table.add_column(heading, no_wrap=True)
     for heading in ("mean", "std", "absmax", "NaN", "Inf"):
         table.add_column(heading, justify="right", no_wrap=True)
     for record in records:
         table.add_row(*_cells(record))
     return table
+
+
+def _print_whole(table: Table) -> None:
+    """Print a table as wide as it is: a terminal may wrap a line, but no number is ever cut."""
+    width = Measurement.get(_out, _out.options.update(max_width=10_000), table).maximum
+    Console(width=max(width, _out.width)).print(table)
 
 
 def _cells(record: TensorRecord) -> list[str]:
@@ -121,7 +148,7 @@ def _cells(record: TensorRecord) -> list[str]:
     when += " recompute" if at.recompute else ""
     when += f" rank{at.rank}" if at.rank else ""
     shape = "x".join(map(str, record.shape)) or "scalar"
-    cells = [str(record.name), when, shape, record.dtype]
+    cells = [escape(str(record.name)), when, shape, record.dtype]
     if stats is None:
         return [*cells, "-", "-", "-", "-", "-"]
     numbers = [_number(value) for value in (stats.mean, stats.std, stats.absmax)]
@@ -140,13 +167,27 @@ def _count(value: int) -> str:
 def coverage(run: RunPath, as_json: AsJson = False) -> None:
     """Print what was expected and is missing, with reasons; exit 1 when there is a gap."""
     with open_run(run) as opened:
-        report = dict(opened.coverage())
+        report = dict(opened.coverage()) or _uncovered(opened)
         problems = list(opened.problems)
     if as_json:
         _print_json(report | {"problems": problems})
     else:
         _print_coverage(report, problems)
-    raise typer.Exit(1 if report.get("gaps") or problems or not report.get("complete") else 0)
+    raise typer.Exit(1 if problems or not report.get("complete", True) else 0)
+
+
+def _uncovered(run: Run) -> dict[str, Any]:
+    """What can be said of a run that died before it wrote its coverage report."""
+    captured = Counter(str(record.name) for record in run.records())
+    reason = "the process ended before it wrote its coverage, so what is missing is not known"
+    return {
+        "complete": False,
+        "steps": len(run.steps),
+        "records": captured.total(),
+        "captured": dict(sorted(captured.items())),
+        "gaps": [{"name": "*", "reason": reason, "count": 1}],
+        "notes": [],
+    }
 
 
 def _print_coverage(report: dict[str, Any], problems: list[str]) -> None:
@@ -158,11 +199,24 @@ def _print_coverage(report: dict[str, Any], problems: list[str]) -> None:
     for title, colour in (("gaps", "red"), ("notes", "dim")):
         rows = report.get(title, [])
         _out.print(f"[{colour}]{len(rows)} {title}[/]")
-        for row in rows:
-            times = f" ({row['count']}x)" if row["count"] > 1 else ""
-            _out.print(f"  {row['name']}: {row['reason']}{times}", highlight=False, markup=False)
+        for line in _grouped((row["name"], row["reason"], row["count"]) for row in rows):
+            _out.print(f"  {line}", highlight=False, markup=False)
     for problem in problems:
         _out.print(f"  {problem}", style="yellow", highlight=False, markup=False)
+
+
+def _grouped(rows: Iterable[tuple[str, str, int]]) -> Iterator[str]:
+    """One line for what happened alike in many layers: `layers.*.attn.core (32 names): …`."""
+    groups: dict[tuple[str, str], list[tuple[str, int]]] = {}
+    for name, reason, count in rows:
+        groups.setdefault((re.sub(r"\.\d+(?=[./]|$)", ".*", name), reason), []).append(
+            (name, count)
+        )
+    for (pattern, reason), members in groups.items():
+        times = sum(count for _, count in members)
+        several = f" ({len(members)} names)" if len(members) > 1 else ""
+        often = f" ({times}x)" if times > len(members) else ""
+        yield f"{pattern if several else members[0][0]}{several}: {reason}{often}"
 
 
 @app.command(name="recover")
@@ -222,11 +276,17 @@ def _print_moved(line: str, moved: Any, as_json: bool) -> None:
         _print_json(counts | {"skipped": list(moved.skipped)})
     else:
         _out.print(line, highlight=False, markup=False)
-        for reason in moved.skipped[:20]:
-            _out.print(f"skipped {reason}", highlight=False, markup=False)
-        if len(moved.skipped) > 20:
-            _out.print(f"… and {len(moved.skipped) - 20:,} more skipped")
+        for reason, names in _by_reason(moved.skipped).items():
+            shown = names[0] + (f" and {len(names) - 1:,} more" if len(names) > 1 else "")
+            _out.print(f"skipped {shown}: {reason}", highlight=False, markup=False)
     raise typer.Exit(1 if moved.skipped else 0)
+
+
+def _by_reason(skipped: Iterable[str]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for name, _, reason in (line.partition(": ") for line in skipped):
+        groups.setdefault(reason, []).append(name)
+    return groups
 
 
 @contextmanager
@@ -266,6 +326,6 @@ def main() -> None:
     try:
         _add_plugin_commands()
         app(prog_name="tensortap")
-    except TensortapError as error:
+    except (TensortapError, OSError) as error:
         _err.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(2)

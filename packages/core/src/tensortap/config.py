@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_args
 
-from tensortap.errors import ConfigError, nearest
+from tensortap.errors import CaptureWarning, ConfigError, nearest
 from tensortap.names import PHASES
 from tensortap.records import Values
 from tensortap.selection import Indices, Selection
@@ -89,7 +90,7 @@ class Settings:
         chosen = _from_environment(os.environ if environ is None else environ)
         for key, value in given.items():
             if value is not None:
-                chosen[key] = _READERS[key](key, value)
+                chosen[key] = _read(key, key, value)
         return cls(**chosen, explicit="select" in chosen)
 
 
@@ -101,16 +102,30 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
         )
         chosen["directory"] = environ.get("TENSOR_SAVE_DIR") or "./tensor_logs"
         chosen["values"] = ValueRules.parse("full")
+    for variable in environ:
+        if variable.startswith("TENSORTAP_") and variable not in (*_VARIABLES, *_ELSEWHERE):
+            close = nearest(variable, _VARIABLES, 1)
+            warnings.warn(f"{variable} means nothing; {close}?", CaptureWarning, stacklevel=4)
     for variable, key in _VARIABLES.items():
         if environ.get(variable):
-            chosen[key] = _READERS[key](variable, environ[variable])
+            chosen[key] = _read(key, variable, environ[variable])
     return chosen
+
+
+def _read(key: str, what: str, value: Any) -> Any:
+    """One setting; every error names where the value came from."""
+    try:
+        return _READERS[key](what, value)
+    except ConfigError as error:
+        raise error if what in str(error) else ConfigError(f"{what}: {error}") from None
+    except (TypeError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{what}={value!r} is of the wrong kind: {error}.") from error
 
 
 def parse_bytes(what: str, value: str | int) -> int:
     """`"256MiB"`, `"2GB"` or a number of bytes; raises `ConfigError` naming `what`."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([KMGT]?i?B?)\s*", str(value))
-    unit = found.group(2) if found else "?"
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([kmgt]?i?b?)\s*", str(value), re.IGNORECASE)
+    unit = found.group(2).upper().replace("I", "i") if found else "?"
     unit = unit if unit.endswith("B") or not unit else unit + "B"
     if found is None or unit not in _UNITS or float(found.group(1)) == 0:
         raise ConfigError(f"{what}={value!r} is not a size; write for example 256MiB or 2GB.")
@@ -138,13 +153,6 @@ def _phases(what: str, value: Any) -> tuple[str, ...]:
     return tuple(phase for phase in PHASES if phase in words)
 
 
-def _values(what: str, value: Any) -> ValueRules:
-    try:
-        return ValueRules.parse(value)
-    except ConfigError as error:
-        raise ConfigError(f"{what}: {error}") from None
-
-
 def _metadata(what: str, value: Any) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise ConfigError(f"{what} is a dictionary of what you want to find again in the run.")
@@ -155,7 +163,7 @@ _READERS: dict[str, Any] = {
     "enabled": _boolean,
     "directory": lambda what, value: str(value),
     "select": lambda what, value: Selection.parse(value),
-    "values": _values,
+    "values": lambda what, value: ValueRules.parse(value),
     "steps": lambda what, value: Indices.parse(value, what),
     "ranks": lambda what, value: Indices.parse(value, what),
     "phases": _phases,
@@ -169,6 +177,7 @@ _READERS: dict[str, Any] = {
     "using": lambda what, value: str(value),
     "metadata": _metadata,
 }
+_ELSEWHERE = ("TENSORTAP_NATIVE",)
 _VARIABLES = {
     "TENSORTAP_ENABLED": "enabled",
     "TENSORTAP_DIR": "directory",

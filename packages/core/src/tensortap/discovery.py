@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, EntryPoints, entry_points
 from typing import Any
 
 from torch import nn
@@ -42,6 +42,19 @@ class NativeIntegration:
 
     def describe(self, model: nn.Module) -> Mapping[str, Any]:
         return {}
+
+
+def better(model: nn.Module) -> str | None:
+    """Which package would name a natively named model better, as a sentence, if one would."""
+    framework = type(model).__module__.partition(".")[0]
+    extra = {"transformers": "hf", "megatron": "megatron"}.get(framework)
+    if extra is None or framework in {entry.name.partition(".")[0] for entry in _entries()}:
+        return None
+    return f'a {framework} model under native names; pip install "tensortap[{extra}]" knows it'
+
+
+def _entries() -> EntryPoints:
+    return entry_points(group=GROUP)
 
 
 def aliases(model: nn.Module) -> Iterator[tuple[str, str]]:
@@ -90,7 +103,7 @@ def _named(using: str, model: nn.Module) -> Integration:
 
 
 def _installed(*, untriggered: bool = False) -> Iterator[Integration]:
-    for entry in entry_points(group=GROUP):
+    for entry in _entries():
         if untriggered or entry.name in sys.modules:
             yield load_plugin(entry)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from tensortap.errors import ConfigError
 from tensortap.records import RunInfo
 
 _LAUNCHER = (
@@ -26,7 +27,14 @@ def rank_and_world() -> tuple[int, int]:
     """From `torch.distributed` where initialised, else the launcher's environment, else (0, 1)."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    return _number("RANK", 0), _number("WORLD_SIZE", 1)
+
+
+def _number(variable: str, default: int) -> int:
+    text = os.environ.get(variable) or str(default)
+    if not text.isdecimal():
+        raise ConfigError(f"{variable}={text!r} is not a number; the launcher should set it.")
+    return int(text)
 
 
 def launch_id(world: int, environ: Mapping[str, str] = os.environ) -> str:

@@ -18,10 +18,11 @@ from typing import Protocol
 
 import torch
 
+from tensortap.coverage import Coverage
 from tensortap.discovery import load_plugin
 from tensortap.errors import ConfigError, RunError, RunExists, nearest
 from tensortap.records import RunInfo, TensorRecord
-from tensortap.sinks import TensorSink
+from tensortap.sinks import CoverageSink, TensorSink
 from tensortap.store import Run
 from tensortap.store.codec import decode_record, encode_record
 from tensortap.store.documents import decode_info, encode_document, encode_info, read_document
@@ -72,8 +73,10 @@ def new_folder(path: Path) -> Path:
     try:
         path.mkdir(parents=True)
     except FileExistsError:
-        if any(path.iterdir()) if path.is_dir() else True:
+        if not path.is_dir() or any(path.iterdir()):
             raise RunExists(f"{path} exists; choose another --out, or remove it.") from None
+    except OSError as error:
+        raise RunError(f"{path} cannot be made: {error.strerror}.") from error
     return path
 
 
@@ -88,11 +91,12 @@ class PtLayout:
 
     def export(self, run: Run, out: Path, select: str, progress: Progress) -> Moved:
         """See `Layout.export`; records without values are skipped, and counted."""
+        records = run.records(select)
         new_folder(out)
         (out / "run.json").write_bytes(encode_document(encode_info(run.info)))
-        skipped: list[str] = []
+        skipped = [f"{run.path}: exported as far as it goes, but {p}" for p in run.problems]
         written = 0
-        for count, record in enumerate(run.records(select), start=1):
+        for count, record in enumerate(records, start=1):
             if record.values == "stats":
                 skipped.append(f"{record.name}: statistics only; capture with values='full'")
             else:
@@ -110,15 +114,18 @@ class PtLayout:
         if not files:
             raise RunError(f"{folder} holds no .pt files; is it a folder of the layout 'pt'?")
         sink.open(_run_info(folder))
-        steps = set()
+        coverage, steps = Coverage(), set()
         try:
             for count, path in enumerate(files, start=1):
                 record, tensor = _read(path)
                 sink.write(record, tensor)
+                coverage.captured(str(record.name))
                 steps.add(record.at.step)
                 progress(count)
             for step in sorted(steps):
                 sink.end_step(step)
+            if isinstance(sink, CoverageSink):
+                sink.cover(coverage.report(steps=len(steps)))
         finally:
             sink.close()
         return Moved(len(files), len(files))

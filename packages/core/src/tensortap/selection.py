@@ -129,16 +129,25 @@ class Selection:
             return False
         return not self._include or any(pattern.may_match(prefix) for pattern in self._include)
 
-    def nothing_in(self, names: Iterable[str], where: str) -> SelectionError:
+    def dead(self, names: Iterable[str], prefixes: Iterable[str]) -> list[str]:
+        """Patterns that match none of `names` and no continuation of `prefixes`."""
+        patterns = {pattern.text: pattern for pattern in (*self._include, *self._exclude)}
+        for name in names:
+            patterns = {t: p for t, p in patterns.items() if not p.matches(name)}
+        for prefix in prefixes if patterns else ():
+            patterns = {t: p for t, p in patterns.items() if not p.may_match(prefix)}
+        return list(patterns)
+
+    def nothing_in(self, names: Iterable[str], where: str, *, hint: str = "") -> SelectionError:
         """The error for a selection that matched none of `names`."""
         wanted = self._include[0].text if self._include else "*"
         return SelectionError(
             f"The selection {self.text!r} matches nothing in {where}. "
-            f"Closest names: {', '.join(map(repr, _closest(wanted, list(names))))}."
+            f"Closest names: {', '.join(map(repr, closest(wanted, list(names))))}.{hint}"
         )
 
 
-def _closest(pattern: str, names: list[str], limit: int = 5) -> list[str]:
+def closest(pattern: str, names: list[str], limit: int = 5) -> list[str]:
     """Names like the pattern; else everything of the modules whose path is most like its path."""
     close = difflib.get_close_matches(pattern, names, limit, cutoff=0.8)
     modules = list(dict.fromkeys(name.split("/")[0] for name in names))
@@ -166,8 +175,10 @@ class Indices:
     _ranges: tuple[tuple[int, int | None, int], ...]
 
     @classmethod
-    def parse(cls, text: str | int | None, what: str) -> Indices:
+    def parse(cls, text: str | int | Iterable[int] | None, what: str) -> Indices:
         """Parse; `None` or `""` means all. `what` names the setting in the `ConfigError`."""
+        if text is not None and not isinstance(text, (str, int)):
+            text = ",".join(map(str, text))
         words = [word.strip() for word in str("" if text is None else text).split(",")]
         try:
             return cls(",".join(words), tuple(_range(word) for word in words if word))

@@ -83,8 +83,13 @@ class TeeSink:
         self._sinks = sinks
 
     def open(self, run: RunInfo) -> None:
-        for sink in self._sinks:
-            sink.open(run)
+        for opened, sink in enumerate(self._sinks):
+            try:
+                sink.open(run)
+            except BaseException:
+                for earlier in self._sinks[:opened]:
+                    earlier.close()
+                raise
 
     def write(self, record: TensorRecord, payload: torch.Tensor | None) -> None:
         for sink in self._sinks:

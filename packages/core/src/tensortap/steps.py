@@ -119,6 +119,8 @@ class StepClock:
     ) -> None:
         """`begin(frame)` opens each step; `end(step, selected)` closes it, exactly once each."""
         self.step = 0
+        self.counted = 0
+        """Selected steps that ended, those of nothing but evaluation left out."""
         self.opened = 0
         """Forwards of containers seen so far: none means that no hook ever ran."""
         self._rank = rank
@@ -271,6 +273,8 @@ class StepClock:
         self._stepped = False
         if not self._ran and not even_empty:
             return
+        if any(not evaluation for _, evaluation in self._ran):
+            self.counted += self.step in self._steps
         self._ran.clear()
         ended, self.step = self.step, self.step + 1
         self._end(ended, ended in self._steps)

@@ -22,7 +22,7 @@ from tensortap.capture import Capture
 from tensortap.choices import Choices
 from tensortap.config import Settings
 from tensortap.coverage import Coverage, explain_absences
-from tensortap.discovery import aliases, discover
+from tensortap.discovery import aliases, better, discover
 from tensortap.errors import CaptureError, CaptureWarning, ConfigError
 from tensortap.gradients import Sighting
 from tensortap.hooks import ContainerHooks, ModuleHooks, ParameterHooks, ancestors
@@ -40,6 +40,8 @@ from tensortap.targets import mark_tapped, modules_to_tap
 from tensortap.transfer import Transfer
 from tensortap.undo import Undo
 from tensortap.wrappers import unwrap
+
+_attached: set[Tap] = set()
 
 
 def attach(
@@ -74,6 +76,12 @@ def attach(
         with Undo() as undo:
             tap._install(roots, sink, (rank, world), undo)
     return tap
+
+
+def detach_all() -> None:
+    """Detach every tap of this process, such as one that a failed notebook cell left behind."""
+    for tap in list(_attached):
+        tap.detach()
 
 
 class Tap:
@@ -131,7 +139,12 @@ class Tap:
             undo, self._undo = self._undo, None
         if undo is None:
             return
+        _attached.discard(self)
         atexit.unregister(self._at_exit)
+        if os.getpid() != self._pid:  # A forked child: the run is its parent's.
+            self._capture.stop()
+            undo.run()
+            return
         with ExitStack() as last_to_first:
             last_to_first.callback(self._report)
             last_to_first.callback(self._close_sink)
@@ -171,6 +184,11 @@ class Tap:
         self._roots = roots
         self._parameters = ParameterHooks(every, choices)
         self._selected = choices.sites_in(every, self._parameters.names())
+        for root, plugin in zip(roots, plugins, strict=True):
+            hint = better(root) if plugin.name == "native" else None
+            if hint is not None:
+                self.coverage.note("root", hint)
+        choices.warn_of_dead(every, self._parameters.names())
         for again, first in (found for root in roots for found in aliases(root)):
             self.coverage.note(escape(again), f"the same module as {first}, captured there")
         self._start(sink, describe_run(self.settings, roots, plugins, place), choices)
@@ -184,6 +202,7 @@ class Tap:
             self._sink.close()
             raise
         self._undo, self._pid = undo, os.getpid()
+        _attached.add(self)
         atexit.register(self._at_exit)
 
     def _start(self, sink: Any, info: RunInfo, choices: Choices) -> None:
@@ -294,7 +313,10 @@ class Tap:
                 "torch.compile had made before. Attach before the first call."
             )
         if not any(step in self.settings.steps for step in range(self._clock.step)):
-            return f"steps={self.settings.steps.text!r}, but the run ended at {self._clock.step}."
+            return (
+                f"steps={self.settings.steps.text!r}, but there were {self._clock.step} steps, "
+                "counted from 0. In training a step ends when an optimizer steps, or at tap.step()."
+            )
         gaps = self.coverage.report(steps=self._clock.step)["gaps"]
         return gaps[0]["reason"] if gaps else "no selected module was called."
 
@@ -302,15 +324,13 @@ class Tap:
         try:
             explain_absences(self.coverage, self._selected, explicit=self.settings.explicit)
             if isinstance(self._sink, CoverageSink):
-                self._sink.cover(self.coverage.report(steps=self._clock.step))
+                self._sink.cover(self.coverage.report(steps=self._clock.counted))
             self._sink.close()
         except Exception as failure:  # Reported by `_report`, which runs next.
             self._stop(failure)
 
     def _at_exit(self) -> None:
         """The interpreter ends without `detach`: the last step is still written."""
-        if os.getpid() != self._pid:
-            return  # A forked child must not touch its parent's run.
         try:
             self.detach()
         except CaptureError as failure:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import weakref
 from collections.abc import Iterable
@@ -80,4 +81,9 @@ def _has_compiled_code(module: nn.Module) -> bool:
         return False  # Its code is the wrapped module's, which is asked in its own turn.
     code = getattr(type(module).forward, "__code__", None)
     entries = torch._C._dynamo.eval_frame._debug_get_cache_entry_list
-    return code is not None and bool(entries(code))
+    if code is None or not entries(code):
+        return False
+    # The code is that of the class: it may have been compiled for another instance.
+    holders = (holder for holder in gc.get_referrers(module) if isinstance(holder, dict))
+    wrapped = any(holder.get("_orig_mod") is module for holder in holders)
+    return wrapped or module._compiled_call_impl is not None

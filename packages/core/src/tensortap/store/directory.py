@@ -92,7 +92,10 @@ def _make_room(run: Path, info: RunInfo, *, overwrite: bool) -> Path | None:
     if not overwrite:
         raise _exists(run)
     if any(is_locked(ranked / RECORDS) for ranked in rank_directories(run).values()):
-        raise RunExists(f"{run} is still being written by a live process; it was left alone.")
+        raise RunExists(
+            f"{run} is still being written by a live process; it was left alone. If that is an "
+            "earlier tap of this process, detach it, or call tensortap.detach_all()."
+        )
     away = run.with_name(f".{run.name}.replaced-{secrets.token_hex(4)}")
     run.rename(away)
     return away

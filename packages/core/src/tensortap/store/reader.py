@@ -24,7 +24,7 @@ from tensortap.store.lookup import Lookup
 from tensortap.store.query import Query
 from tensortap.store.rank_reader import RankReader, StaleIndex
 from tensortap.store.reports import merge_coverage
-from tensortap.store.rows import BAD
+from tensortap.store.rows import BAD, Rows
 from tensortap.store.tables import Table, make_table
 
 _T = TypeVar("_T")
@@ -97,6 +97,12 @@ class Run:
     def names(self) -> list[str]:
         """Names of the captured tensors, sorted, each once."""
         return sorted(set().union(*map(_names_in, self._readers.values())))
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of which there are records, sorted."""
+        found = [np.unique(_good_rows(reader)["step"]) for reader in self._readers.values()]
+        return sorted({int(step) for steps in found for step in steps})
 
     def part_names(self) -> list[str]:
         """Names that are served from fused tensors as if they had been captured, sorted."""
@@ -324,8 +330,11 @@ def require_run(path: Path) -> dict[int, Path]:
         raise RunError(f"There is no run at {path}.") from None
     except OSError as failure:
         raise RunError(f"{path} cannot be read: {failure.strerror}.") from failure
-    if not directories and not (path / RUN).exists():
-        raise RunError(f"{path} is not a run: it has neither {RUN} nor a rank's directory.")
+    if not directories:
+        raise RunError(
+            f"{path} is not a run: no rank has a directory in it. If another tool, or "
+            "`tensortap export`, wrote it, `tensortap import` makes a run of it."
+        )
     return directories
 
 
@@ -350,9 +359,15 @@ def _in_order(
 
 def _names_in(reader: RankReader) -> set[str]:
     """Names that occur in the rows of a rank."""
-    index = reader.index
-    used = np.unique(index.rows["name"][index.rows["flags"] & BAD == 0])
-    return {str(index.names[number][0]) for number in used}
+    used = np.unique(_good_rows(reader)["name"])
+    return {str(reader.index.names[number][0]) for number in used}
+
+
+def _good_rows(reader: RankReader) -> Rows:
+    """Index rows of lines that could be read."""
+    rows = reader.index.rows
+    good: Rows = rows[rows["flags"] & BAD == 0]
+    return good
 
 
 def _phase(phase: str | None) -> str | None:
