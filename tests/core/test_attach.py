@@ -235,6 +235,12 @@ def test_tensors_without_memory_of_their_own_are_gaps_not_crashes():
     assert {record.at.step for record in sink.records} == {2}
 
 
+def test_a_default_device_does_not_move_what_is_captured():
+    with torch.device("meta"):
+        sink = run(nn.Identity(), torch.ones(3, device="cpu"), values="full")
+    assert only(sink, "root/forward/output")[1].tolist() == [1.0] * 3
+
+
 def test_a_sample_is_strided_over_the_whole_tensor():
     x = torch.arange(10_000.0).reshape(100, 100)
     sink = run(nn.Identity(), x, values="sample", phases=("forward",))

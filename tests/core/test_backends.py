@@ -27,10 +27,10 @@ class Memory:
     """Hands out buffers of other bytes, larger than asked for, and notes what was asked."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[int, bool]] = []
+        self.asked: list[int] = []
 
-    def __call__(self, nbytes: int, pinned: bool) -> torch.Tensor:
-        self.asked.append((nbytes, pinned))
+    def __call__(self, nbytes: int) -> torch.Tensor:
+        self.asked.append(nbytes)
         return torch.full((nbytes + 100,), 0xA5, dtype=torch.uint8)
 
 
@@ -78,7 +78,7 @@ def test_a_snapshot_keeps_every_bit_of_every_dtype_and_layout(dtype: torch.dtype
         assert (host.dtype, host.shape) == (tensor.dtype, tensor.shape)
         assert raw_bytes(host) == stored(tensor)
         assert snapshot.nbytes == tensor.numel() * tensor.element_size()
-        assert memory.asked == ([(snapshot.nbytes, False)] if tensor.numel() else [])
+        assert memory.asked == ([snapshot.nbytes] if tensor.numel() else [])
 
 
 @HALF_COMPLEX
@@ -218,7 +218,7 @@ def test_nothing_but_flush_and_host_waits_for_the_gpu() -> None:
     try:
         reductions = [backend.reduce(tensor, exponents=True) for tensor in tensors]
         snapshots = [
-            backend.snapshot(tensor, lambda nbytes, pinned, room=room: room)
+            backend.snapshot(tensor, lambda nbytes, room=room: room)
             for tensor, room in zip(tensors, rooms, strict=True)
         ]
     finally:

@@ -8,10 +8,13 @@ import warnings
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tests.core.models import Stack
 from torch import nn
 
 import tensortap
+from tensortap.arena import HostArena
 
 X = torch.randn(64, 8)
 
@@ -43,8 +46,8 @@ def test_payloads_in_flight_stay_within_max_pending():
     with tensortap.attach(model, sink, values="full", max_pending="32KiB", on_error="raise") as tap:
         for _ in range(3):
             model(X)
-        pool = tap._transfer.pool
-        assert 0 < pool.peak <= 32 * 1024
+        arena = tap._transfer.arena
+        assert 0 < arena.peak <= 32 * 1024
     assert sink.coverage["complete"]
     assert all(payload is not None for payload in sink.payloads)
 
@@ -141,3 +144,23 @@ def test_an_error_on_its_way_out_is_not_hidden_by_the_tap():
 
     with pytest.warns(tensortap.CaptureWarning, match="captured nothing"), pytest.raises(KeyError):
         work()
+
+
+@given(st.lists(st.tuples(st.integers(0, 30_000), st.booleans()), max_size=60))
+def test_pieces_of_the_arena_never_overlap_and_all_come_back(requests):
+    arena, held = HostArena(64 << 10), []
+    for number, (nbytes, give_first) in enumerate(requests):
+        if held and give_first:
+            piece, mark = held.pop(0)
+            assert bool((piece == mark).all())
+            arena.give(piece)
+        piece = arena.take(nbytes, wait=lambda: False)
+        if piece is not None:
+            assert piece.nbytes >= nbytes
+            held.append((piece.fill_(number % 256), number % 256))
+        assert arena.used == sum(piece.nbytes for piece, _ in held) <= arena.limit
+    for piece, mark in held:
+        assert bool((piece == mark).all())
+        arena.give(piece)
+    assert arena.used == 0
+    assert arena.take(arena.limit, wait=lambda: False) is not None

@@ -23,8 +23,8 @@ from tensortap.stats import finish, raw, statistics
 
 GROUP = "tensortap.backends"
 
-Allocate = Callable[[int, bool], torch.Tensor]
-"""(nbytes, pinned) -> a 1-d uint8 CPU tensor of at least that size, from the transfer's pool."""
+Allocate = Callable[[int], torch.Tensor]
+"""Bytes -> a 1-d uint8 CPU tensor of at least that size, pinned on a machine with CUDA."""
 
 
 class Reduction(Protocol):
@@ -95,7 +95,7 @@ class CpuBackend:
 
     def snapshot(self, tensor: torch.Tensor, allocate: Allocate, *, stride: int = 1) -> Snapshot:
         """Copy into memory from `allocate`, contiguous in logical order."""
-        host = _room(tensor, allocate, stride=stride, pinned=False)
+        host = _room(tensor, allocate, stride=stride)
         _copy(host, _selected(tensor, stride))
         return _HostCopy(host.nbytes, host)
 
@@ -121,7 +121,7 @@ class CudaBackend:
 
     def snapshot(self, tensor: torch.Tensor, allocate: Allocate, *, stride: int = 1) -> Snapshot:
         """Clone on the device now; the clone is freed when its copy to the host is done."""
-        host = _room(tensor, allocate, stride=stride, pinned=True)
+        host = _room(tensor, allocate, stride=stride)
         with torch.cuda.device(tensor.device):
             clone = torch.empty_like(host, device=tensor.device, pin_memory=False)
             _copy(clone, _selected(tensor, stride))
@@ -195,13 +195,13 @@ class _DeviceCopy:
         return self.tensor
 
 
-def _room(tensor: torch.Tensor, allocate: Allocate, *, stride: int, pinned: bool) -> torch.Tensor:
+def _room(tensor: torch.Tensor, allocate: Allocate, *, stride: int) -> torch.Tensor:
     """Host memory for the tensor, or for every `stride`-th element of it in one dimension."""
     shape = tuple(tensor.shape) if stride == 1 else (-(-tensor.numel() // stride),)
     nbytes = math.prod(shape) * tensor.element_size()
     if nbytes == 0:
-        return torch.empty(shape, dtype=tensor.dtype)
-    return allocate(nbytes, pinned)[:nbytes].view(tensor.dtype).view(shape)
+        return torch.empty(shape, dtype=tensor.dtype, device="cpu")
+    return allocate(nbytes)[:nbytes].view(tensor.dtype).view(shape)
 
 
 def _selected(tensor: torch.Tensor, stride: int) -> torch.Tensor:

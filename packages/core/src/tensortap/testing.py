@@ -200,8 +200,8 @@ def snapshot_of(module: nn.Module) -> dict[str, object]:
     return {key: copy.copy(value) for key, value in vars(module).items()}
 
 
-def _allocate(nbytes: int, pinned: bool) -> torch.Tensor:
-    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
+def _allocate(nbytes: int) -> torch.Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
 
 
 def _first_tensor(output: object) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Device -> host -> sink: bounded, asynchronous, accounted for.
 
 Hooks hand in records; one thread waits for their copies and writes them to the sink in order.
-`max_pending` bounds the host memory of payloads in flight, buffers kept for reuse included.
+`max_pending` bounds the host memory of payloads in flight.
 """
 
 from __future__ import annotations
@@ -13,82 +13,18 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from tensortap.arena import HostArena, rounded
 from tensortap.backends import Backend, Reduction, Snapshot
 from tensortap.config import OnFull
 from tensortap.errors import CaptureError
 from tensortap.records import TensorRecord
 from tensortap.sinks import TensorSink
 
-_PAGE = 4096
 _STATISTICS_AT_ONCE = 4096
 """Unresolved statistics held before they are flushed inside a very long step."""
 
 _MOST_WAITING = 1 << 16
 """Records waiting for a sink that is slower than the model; some 60 MiB without payloads."""
-
-
-class HostPool:
-    """Reused host buffers: a fresh allocation per tensor would cost a page fault per 4 KiB."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.used = 0
-        self.peak = 0
-        self._idle = 0
-        self._free: dict[tuple[int, bool], list[torch.Tensor]] = {}
-        self._lock = threading.Lock()
-        self._returned = threading.Condition(self._lock)
-
-    def take(self, nbytes: int, pinned: bool, *, wait: Callable[[], bool]) -> torch.Tensor | None:
-        """A uint8 buffer of at least `nbytes`; `None` once the pool is full and `wait` is False."""
-        size = _rounded(nbytes)
-        with self._lock:
-            while not self._make_room(size, (size, pinned)):
-                if not wait():
-                    return None
-                self._returned.wait(timeout=0.5)
-            self.used += size
-            self.peak = max(self.peak, self.used + self._idle)
-            idle = self._free.get((size, pinned))
-            if idle:
-                return idle.pop()
-        return torch.empty(size, dtype=torch.uint8, pin_memory=pinned, device="cpu")
-
-    def give(self, buffer: torch.Tensor) -> None:
-        """Return a buffer; its memory may be handed out again at once."""
-        with self._lock:
-            self.used -= buffer.nbytes
-            self._idle += buffer.nbytes
-            self._free.setdefault((buffer.nbytes, buffer.is_pinned()), []).append(buffer)
-            self._returned.notify_all()
-
-    def wake(self) -> None:
-        """Let waiting threads look at `wait` again."""
-        with self._lock:
-            self._returned.notify_all()
-
-    def clear(self) -> None:
-        """Free idle buffers."""
-        with self._lock:
-            self._free.clear()
-            self._idle = 0
-
-    def _make_room(self, size: int, key: tuple[int, bool]) -> bool:
-        """Claim `size` bytes of the limit, freeing idle buffers of other sizes if need be."""
-        if self.used + size > self.limit:
-            return False
-        if self._free.get(key):
-            self._idle -= size
-            return True
-        for other, buffers in list(self._free.items()):
-            while buffers and self.used + self._idle + size > self.limit:
-                self._idle -= other[0]
-                buffers.pop()
-        return True
-
-
-def _rounded(nbytes: int) -> int:
-    return max(_PAGE, -(-nbytes // _PAGE) * _PAGE)
 
 
 @dataclass(slots=True)
@@ -120,7 +56,7 @@ class Transfer:
         failed: Callable[[BaseException], None],
     ) -> None:
         """`written` and `failed` are called from the transfer thread, `failed` at most once."""
-        self.pool = HostPool(max_pending)
+        self.arena = HostArena(max_pending)
         self.failure: BaseException | None = None
         self._sink = sink
         self._on_full = on_full
@@ -154,12 +90,12 @@ class Transfer:
         `tensor` itself may change as soon as this returns.
         """
         stride = records[0].stride
-        if _rounded(-(-tensor.numel() // stride) * tensor.element_size()) > self.pool.limit:
+        if rounded(-(-tensor.numel() // stride) * tensor.element_size()) > self.arena.limit:
             return self._borrow(_Item(records, backend, reduction), tensor)
         taken: list[torch.Tensor] = []
 
-        def allocate(nbytes: int, pinned: bool) -> torch.Tensor:
-            buffer = self.pool.take(nbytes, pinned, wait=self._may_wait)
+        def allocate(nbytes: int) -> torch.Tensor:
+            buffer = self.arena.take(nbytes, wait=self._may_wait)
             if buffer is None:
                 raise _Full
             taken.append(buffer)
@@ -220,7 +156,7 @@ class Transfer:
         finally:
             self._put(None)
             self._thread.join()
-            self.pool.clear()
+            self.arena.clear()
 
     def _run(self) -> None:
         while True:
@@ -231,7 +167,7 @@ class Transfer:
             if item is not None and self.failure is None:
                 self._try(item)
             if isinstance(item, _Item) and item.buffer is not None:
-                self.pool.give(item.buffer)
+                self.arena.give(item.buffer)
             with self._ready:
                 self._busy = False
                 self._ready.notify_all()
@@ -248,7 +184,7 @@ class Transfer:
         except BaseException as failure:
             self.failure = failure
             self._failed(failure)
-            self.pool.wake()
+            self.arena.wake()
 
     def _write(self, item: _Item) -> None:
         payload = item.snapshot.host() if item.snapshot else None
