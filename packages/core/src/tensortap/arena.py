@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from bisect import insort
 from collections.abc import Callable
 
 import torch
@@ -52,8 +51,7 @@ class HostArena:
     def _fit(self, size: int) -> int | None:
         for place, (start, length) in enumerate(self._free):
             if length >= size:
-                rest = (start + size, length - size)
-                self._free[place : place + 1] = [rest] if rest[1] else []
+                self._free[place] = (start + size, length - size)
                 return start
         return None
 
@@ -61,8 +59,7 @@ class HostArena:
         """Take a piece back; its memory may be handed out again at once."""
         with self._returned:
             self.used -= piece.nbytes
-            insort(self._free, (piece.storage_offset(), piece.nbytes))
-            self._free = _joined(self._free)
+            self._free = _joined([*self._free, (piece.storage_offset(), piece.nbytes)])
             self._returned.notify_all()
 
     def wake(self) -> None:
@@ -77,9 +74,9 @@ class HostArena:
 
 
 def _joined(free: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Neighbours become one."""
+    """In order, and neighbours become one."""
     joined: list[tuple[int, int]] = []
-    for start, length in free:
+    for start, length in sorted(free):
         before, size = joined[-1] if joined else (0, -1)
         if before + size == start:
             joined[-1] = (before, size + length)

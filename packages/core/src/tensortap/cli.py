@@ -7,7 +7,6 @@ be done. A user's mistake is one line on stderr, never a traceback.
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -20,19 +19,17 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.measure import Measurement
 from rich.progress import Progress
-from rich.table import Table
 
 import tensortap
 from tensortap.discovery import load_plugin
 from tensortap.doctor import examine
 from tensortap.errors import PluginError, RunError, TensortapError
 from tensortap.layouts import layout
-from tensortap.records import TensorRecord
 from tensortap.selection import Selection
 from tensortap.store import Run, RunDirectorySink, open_run, recover
 from tensortap.store.codec import encode_record
+from tensortap.tables import grouped, print_whole, record_table
 
 app = typer.Typer(
     name="tensortap",
@@ -92,7 +89,7 @@ def show(
             _print_json(_summary(opened) | {"tensors": tensors, "not_shown": more})
             return
         _print_summary(opened)
-        _print_whole(_table(shown))
+        print_whole(record_table(shown), _out)
         if more:
             _out.print(f"… and {more:,} more: narrow --select or --step, or raise --limit.")
 
@@ -120,47 +117,6 @@ def _print_summary(run: Run) -> None:
     _out.print(f"[bold]{path}[/]  {model}, {ranks} rank(s), {names} names, {state}")
     for problem in facts["problems"]:
         _out.print(f"  {problem}", style="yellow", highlight=False, markup=False)
-
-
-def _table(records: list[TensorRecord]) -> Table:
-    table = Table(box=None, header_style="bold")
-    for heading in ("tensor", "step", "shape", "dtype"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("mean", "std", "absmax", "NaN", "Inf"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for record in records:
-        table.add_row(*_cells(record))
-    return table
-
-
-def _print_whole(table: Table) -> None:
-    """Print a table as wide as it is: a terminal may wrap a line, but no number is ever cut."""
-    width = Measurement.get(_out, _out.options.update(max_width=10_000), table).maximum
-    Console(width=max(width, _out.width)).print(table)
-
-
-def _cells(record: TensorRecord) -> list[str]:
-    at, stats = record.at, record.stats
-    when = str(at.step)
-    when += f" mb{at.microbatch}" if at.microbatch else ""
-    when += f" call{at.call}" if at.call else ""
-    when += " eval" if at.eval else ""
-    when += " recompute" if at.recompute else ""
-    when += f" rank{at.rank}" if at.rank else ""
-    shape = "x".join(map(str, record.shape)) or "scalar"
-    cells = [escape(str(record.name)), when, shape, record.dtype]
-    if stats is None:
-        return [*cells, "-", "-", "-", "-", "-"]
-    numbers = [_number(value) for value in (stats.mean, stats.std, stats.absmax)]
-    return [*cells, *numbers, _count(stats.nan), _count(stats.posinf + stats.neginf)]
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
-
-
-def _count(value: int) -> str:
-    return f"[red]{value:,}[/]" if value else "0"
 
 
 @app.command()
@@ -199,24 +155,10 @@ def _print_coverage(report: dict[str, Any], problems: list[str]) -> None:
     for title, colour in (("gaps", "red"), ("notes", "dim")):
         rows = report.get(title, [])
         _out.print(f"[{colour}]{len(rows)} {title}[/]")
-        for line in _grouped((row["name"], row["reason"], row["count"]) for row in rows):
+        for line in grouped((row["name"], row["reason"], row["count"]) for row in rows):
             _out.print(f"  {line}", highlight=False, markup=False)
     for problem in problems:
         _out.print(f"  {problem}", style="yellow", highlight=False, markup=False)
-
-
-def _grouped(rows: Iterable[tuple[str, str, int]]) -> Iterator[str]:
-    """One line for what happened alike in many layers: `layers.*.attn.core (32 names): …`."""
-    groups: dict[tuple[str, str], list[tuple[str, int]]] = {}
-    for name, reason, count in rows:
-        groups.setdefault((re.sub(r"\.\d+(?=[./]|$)", ".*", name), reason), []).append(
-            (name, count)
-        )
-    for (pattern, reason), members in groups.items():
-        times = sum(count for _, count in members)
-        several = f" ({len(members)} names)" if len(members) > 1 else ""
-        often = f" ({times}x)" if times > len(members) else ""
-        yield f"{pattern if several else members[0][0]}{several}: {reason}{often}"
 
 
 @app.command(name="recover")

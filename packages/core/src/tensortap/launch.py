@@ -1,4 +1,4 @@
-"""Where a process stands in its job: rank, world size, launch id, run directory."""
+"""Where a process stands in its job: rank, world size, launch id."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import hashlib
 import os
 import uuid
 from collections.abc import Mapping
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 
 from tensortap.errors import ConfigError
-from tensortap.records import RunInfo
 
 _LAUNCHER = (
     "TORCHELASTIC_RUN_ID",
@@ -59,25 +57,3 @@ def _parent() -> str:
     except OSError:
         started = ""
     return f"{parent}/{started}"
-
-
-def default_run(directory: Path, info: RunInfo) -> Path:
-    """`<directory>/<UTC time>-<model class>`, agreed on by all ranks of a launch.
-
-    The first rank to arrive writes its proposal into a file of the launch; the others read it.
-    """
-    moment = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S.%f")[:-3] + "Z"
-    proposal = f"{moment}-{info.model_class}"
-    if info.world_size == 1:
-        return directory / proposal
-    directory.mkdir(parents=True, exist_ok=True)
-    agreement = directory / f".launch-{info.launch_id}"
-    draft = directory / f".launch-{info.launch_id}.{uuid.uuid4().hex}"
-    draft.write_text(proposal)
-    try:
-        os.link(draft, agreement)
-    except FileExistsError:
-        proposal = agreement.read_text()
-    finally:
-        draft.unlink()
-    return directory / Path(proposal).name

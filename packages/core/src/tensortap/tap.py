@@ -22,20 +22,21 @@ from tensortap.capture import Capture
 from tensortap.choices import Choices
 from tensortap.config import Settings
 from tensortap.coverage import Coverage, explain_absences
+from tensortap.destination import destination
 from tensortap.discovery import aliases, better, discover
 from tensortap.errors import CaptureError, CaptureWarning, ConfigError
 from tensortap.gradients import Sighting
 from tensortap.hooks import ContainerHooks, ModuleHooks, ParameterHooks, ancestors
-from tensortap.integration import Site
-from tensortap.launch import default_run, rank_and_world
+from tensortap.integration import Integration, Site
+from tensortap.launch import rank_and_world
 from tensortap.names import TensorName, escape
 from tensortap.observer import TapObserver
 from tensortap.optimizers import watch_optimizers
+from tensortap.outcome import Outcome
 from tensortap.records import RunInfo, TensorRecord
 from tensortap.runinfo import describe_run
 from tensortap.sinks import CoverageSink, TensorSink
 from tensortap.steps import StepClock
-from tensortap.store import RunDirectorySink
 from tensortap.targets import mark_tapped, modules_to_tap
 from tensortap.transfer import Transfer
 from tensortap.undo import Undo
@@ -94,8 +95,6 @@ class Tap:
         self.settings = settings
         self.coverage = Coverage()
         self._undo: Undo | None = None
-        self._failure: BaseException | None = None
-        self._reported = False
         self._detaching = threading.Lock()
 
     @property
@@ -146,7 +145,7 @@ class Tap:
             undo.run()
             return
         with ExitStack() as last_to_first:
-            last_to_first.callback(self._report)
+            last_to_first.callback(self._outcome.report)
             last_to_first.callback(self._close_sink)
             last_to_first.callback(self._transfer.close)
             last_to_first.callback(self._capture.stop)
@@ -184,13 +183,8 @@ class Tap:
         self._roots = roots
         self._parameters = ParameterHooks(every, choices)
         self._selected = choices.sites_in(every, self._parameters.names())
-        for root, plugin in zip(roots, plugins, strict=True):
-            hint = better(root) if plugin.name == "native" else None
-            if hint is not None:
-                self.coverage.note("root", hint)
         choices.warn_of_dead(every, self._parameters.names())
-        for again, first in (found for root in roots for found in aliases(root)):
-            self.coverage.note(escape(again), f"the same module as {first}, captured there")
+        self._note(roots, plugins)
         self._start(sink, describe_run(self.settings, roots, plugins, place), choices)
         try:
             self._hook(undo)
@@ -205,9 +199,18 @@ class Tap:
         _attached.add(self)
         atexit.register(self._at_exit)
 
+    def _note(self, roots: Sequence[nn.Module], plugins: Sequence[Integration]) -> None:
+        """Say in the coverage what is known before anything runs."""
+        for root, plugin in zip(roots, plugins, strict=True):
+            hint = better(root) if plugin.name == "native" else None
+            if hint is not None:
+                self.coverage.note("root", hint)
+            for again, first in aliases(root):
+                self.coverage.note(escape(again), f"the same module as {first}, captured there")
+
     def _start(self, sink: Any, info: RunInfo, choices: Choices) -> None:
         """Open the sink and the transfer to it."""
-        self._sink = self._choose_sink(sink, info)
+        self._sink, self.path = destination(sink, self.settings, info)
         self._sink.open(info)
         self._clock = StepClock(
             rank=info.rank,
@@ -215,6 +218,7 @@ class Tap:
             begin=self._parameters.begin_step,
             end=self._end_step,
         )
+        self._outcome = Outcome(self.settings, self.coverage, self._clock)
         self._transfer = Transfer(
             self._sink,
             max_pending=self.settings.max_pending,
@@ -246,30 +250,11 @@ class Tap:
         watch_optimizers(parameters, self._clock.optimizers_stepped, undo)
         mark_tapped(self._roots, undo)
 
-    def _choose_sink(self, sink: Any, info: RunInfo) -> TensorSink:
-        if sink is not None and not isinstance(sink, (str, os.PathLike)):
-            if isinstance(sink, TensorSink):
-                return sink
-            raise ConfigError(
-                f"attach(model, {sink!r}): the second argument is a run directory or an object "
-                "with the methods of tensortap.TensorSink."
-            )
-        directory = Path(self.settings.directory)
-        self.path = Path(sink) if sink else default_run(directory, info)
-        if sink is None and info.rank == 0:
-            print(f"tensortap: recording to {self.path}", file=sys.stderr)
-        return RunDirectorySink(
-            self.path,
-            overwrite=self.settings.overwrite,
-            durable=self.settings.durable,
-            max_bytes=self.settings.max_bytes,
-        )
-
     def _end_step(self, step: int, selected: bool) -> None:
         if selected and self._capture.active:
             try:
                 self._transfer.end_step(step)
-            except Exception as failure:  # Reported by the guard; the model must go on.
+            except Exception as failure:  # `_fail` reports it; the model must go on.
                 self._fail(failure)
 
     def _written(self, record: TensorRecord) -> None:
@@ -277,48 +262,13 @@ class Tap:
 
     def _stop(self, failure: BaseException) -> None:
         """Capturing broke, perhaps in the transfer thread: stop it, and tell at the next hook."""
-        if self._failure is None:
-            self._failure = failure
-            self.coverage.gap("*", f"capture stopped: {type(failure).__name__}: {failure}")
-        self._capture.stop(self._report)
+        self._outcome.failed(failure)
+        self._capture.stop(self._outcome.report)
 
     def _fail(self, failure: BaseException) -> None:
         """Capturing broke in a hook: stop it and tell at once."""
         self._stop(failure)
-        self._report()
-
-    def _report(self) -> None:
-        """Say once, in the thread of the model, that the capture failed or wrote nothing."""
-        if self._reported:
-            return
-        self._reported = True
-        if self._failure is not None:
-            cause = f"{type(self._failure).__name__}: {self._failure}"
-            message = f"tensortap stopped capturing, the run is incomplete: {cause}"
-            if self.settings.on_error == "raise":
-                raise CaptureError(message) from self._failure
-            warnings.warn(message, CaptureWarning, stacklevel=2)
-        elif not self.coverage.total or self._no_hook_ran():
-            raise CaptureError(f"tensortap captured nothing: {self._why_nothing()}")
-
-    def _no_hook_ran(self) -> bool:
-        """Gradients of parameters came, yet no module was called: compiled code skips hooks."""
-        gradients = any(phase == "grad" for _, phase in self.coverage.places())
-        return bool(self._selected) and gradients and self._clock.opened == 0
-
-    def _why_nothing(self) -> str:
-        if self._clock.opened == 0:
-            return (
-                "the model was not called while it was attached, or only inside code that "
-                "torch.compile had made before. Attach before the first call."
-            )
-        if not any(step in self.settings.steps for step in range(self._clock.step)):
-            return (
-                f"steps={self.settings.steps.text!r}, but there were {self._clock.step} steps, "
-                "counted from 0. In training a step ends when an optimizer steps, or at tap.step()."
-            )
-        gaps = self.coverage.report(steps=self._clock.step)["gaps"]
-        return gaps[0]["reason"] if gaps else "no selected module was called."
+        self._outcome.report()
 
     def _close_sink(self) -> None:
         try:
@@ -326,7 +276,7 @@ class Tap:
             if isinstance(self._sink, CoverageSink):
                 self._sink.cover(self.coverage.report(steps=self._clock.counted))
             self._sink.close()
-        except Exception as failure:  # Reported by `_report`, which runs next.
+        except Exception as failure:  # The outcome reports it, which comes next.
             self._stop(failure)
 
     def _at_exit(self) -> None:
