@@ -59,7 +59,7 @@ class HostArena:
         """Take a piece back; its memory may be handed out again at once."""
         with self._returned:
             self.used -= piece.nbytes
-            self._free = _joined([*self._free, (piece.storage_offset(), piece.nbytes)])
+            self._free = _joined([*self._free, (int(piece.storage_offset()), piece.nbytes)])
             self._returned.notify_all()
 
     def wake(self) -> None:
