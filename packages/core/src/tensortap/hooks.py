@@ -33,14 +33,26 @@ class Inert:
         """Do nothing."""
 
 
-class _Hook:
-    """A hook that stays behind when its module is copied."""
+class Hook:
+    """A function as a hook that stays behind when its module is copied or pickled."""
+
+    def __init__(self, function: Callable[..., object]) -> None:
+        _break_graphs_at_hooks()
+        self._function = function
+
+    def __call__(self, *args: Any) -> None:
+        self._function(*args)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Inert:
         return Inert()
 
     def __reduce__(self) -> tuple[type[Inert], tuple[()]]:
         return Inert, ()
+
+
+@functools.cache
+def _break_graphs_at_hooks() -> None:
+    Hook.__call__ = outside_graph(Hook.__call__)  # type: ignore[method-assign]
 
 
 def _is(module: nn.Module, ours: nn.Module) -> bool:
@@ -59,11 +71,11 @@ class ContainerHooks:
 
     def install(self, undo: Undo) -> None:
         """Hook the module; called before any capturing hook, `install_end` after them."""
-        undo.keep(self._module.register_forward_pre_hook(_Bound(self.begin)))
+        undo.keep(self._module.register_forward_pre_hook(Hook(self.begin)))
 
     def install_end(self, undo: Undo) -> None:
         """Hook the end, also of a forward that raises."""
-        undo.keep(self._module.register_forward_hook(_Bound(self.end), always_call=True))
+        undo.keep(self._module.register_forward_hook(Hook(self.end), always_call=True))
 
     def begin(self, module: nn.Module, *_: Any) -> None:
         """Before the module's forward."""
@@ -80,22 +92,6 @@ class ContainerHooks:
                 self._capture.mark(output, frame)
 
 
-class _Bound(_Hook):
-    """A method as a hook that copies and pickles as nothing."""
-
-    def __init__(self, method: Callable[..., None]) -> None:
-        _break_graphs_at_hooks()
-        self._method = method
-
-    def __call__(self, *args: Any) -> None:
-        self._method(*args)
-
-
-@functools.cache
-def _break_graphs_at_hooks() -> None:
-    _Bound.__call__ = outside_graph(_Bound.__call__)  # type: ignore[method-assign]
-
-
 class ModuleHooks:
     """Captures the inputs and outputs of one module, and has their gradients watched."""
 
@@ -108,8 +104,8 @@ class ModuleHooks:
     def install(self, undo: Undo) -> None:
         """Hook the module; inputs are captured before it runs, it may overwrite them."""
         module = self._site.module
-        undo.keep(module.register_forward_pre_hook(_Bound(self.before), with_kwargs=True))
-        undo.keep(module.register_forward_hook(_Bound(self.after)))
+        undo.keep(module.register_forward_pre_hook(Hook(self.before), with_kwargs=True))
+        undo.keep(module.register_forward_hook(Hook(self.after)))
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Capture what the module is given."""
@@ -162,7 +158,7 @@ class ParameterHooks:
     def install(self, capture: Capture, undo: Undo) -> None:
         """Hook the parameters whose gradients are selected."""
         self._capture = capture
-        accumulated = _Bound(self._accumulated)
+        accumulated = Hook(self._accumulated)
         for parameter in self._owners:
             if parameter.requires_grad and self._seen(parameter, "grad", Coordinates()):
                 register = parameter.register_post_accumulate_grad_hook

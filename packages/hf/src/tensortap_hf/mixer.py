@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from tensortap.graphs import outside_graph
-from tensortap.hooks import Inert
+from tensortap.hooks import Hook
 from tensortap.integration import Call, Observer, Site
 from tensortap.undo import SharedPatch, Undo
 from tensortap_hf import bytecode
@@ -145,25 +145,12 @@ _INSIDE = _Inside()
 _PATCHES: dict[tuple[int, str], SharedPatch] = {}
 
 
-class _Hook:
-    """Notes that a mixer's forward begins or ends; does nothing in a copy of the mixer."""
-
-    def __init__(self, call: Callable[[], object]) -> None:
-        self._call = outside_graph(lambda: call())
-
-    def __call__(self, *_: Any) -> None:
-        self._call()
-
-    def __reduce__(self) -> tuple[type[Inert], tuple[()]]:
-        return Inert, ()
-
-
 def install(mixer: nn.Module, sites: list[Site], observer: Observer, undo: Undo) -> None:
     """Report the convolutions and scans of one mixer until `undo` runs."""
     tapped = _Tapped(observer, {site.name.rpartition(".")[2]: site for site in sites})
     undo.call(tapped.sites.clear)  # A detach in the middle of a forward: see no more of it.
-    undo.keep(mixer.register_forward_pre_hook(_Hook(lambda: _INSIDE.enter(tapped))))
-    undo.keep(mixer.register_forward_hook(_Hook(lambda: _INSIDE.leave(tapped)), always_call=True))
+    undo.keep(mixer.register_forward_pre_hook(Hook(lambda *_: _INSIDE.enter(tapped))))
+    undo.keep(mixer.register_forward_hook(Hook(lambda *_: _INSIDE.leave(tapped)), always_call=True))
     for word in bytecode.words(type(mixer)) & {*FUNCTIONS, *FUSED}:
         for names in bytecode.namespaces(type(mixer), word):
             _patch(names, word).acquire(undo)
