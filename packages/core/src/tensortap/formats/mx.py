@@ -1,0 +1,87 @@
+"""The MX formats: blocks of 32 small floats that share a power of two.
+
+Source: OCP Microscaling Formats (MX) v1.0, sections 5 and 6.3. The shared scale is
+2^(floor(log2(amax)) - emax), clamped to 2^-127 .. 2^127, stored as E8M0 (bias 127, 255 is NaN);
+elements are rounded to nearest, ties to even, and saturate. What the standard leaves open: a
+block with NaN *or infinity* in it gets the NaN scale, so all its values become NaN.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tensortap.formats import blocks
+from tensortap.formats.codec import Quantized, check_format, resolve_axis, working
+from tensortap.formats.minifloat import E4M3, E5M2, LAYOUT, Element, decode, encode, round_even
+from tensortap.records import FormatInfo
+
+BLOCK = 32
+NAN_SCALE = 255
+_CODE_DTYPES = {E4M3.name: torch.float8_e4m3fn, E5M2.name: torch.float8_e5m2}
+
+
+@dataclass(frozen=True, slots=True)
+class MX:
+    """An MX format. Codes: float8 for the 8-bit elements, else uint8; scales: uint8 (E8M0)."""
+
+    name: str
+    element: Element
+    block: int = BLOCK
+
+    @property
+    def info(self) -> FormatInfo:
+        return FormatInfo(self.name, self.block, "nearest-even")
+
+    @torch.no_grad()
+    def quantize(self, x: torch.Tensor, axis: int = -1) -> Quantized:
+        axis = resolve_axis(x, axis)
+        parts = blocks.split(working(x), axis, self.block)
+        scales = shared_scales(parts, axis, self.element)
+        on_grid = round_even(parts * power_of_two(254 - scales, parts.dtype), self.element)
+        on_grid = torch.where(scales == NAN_SCALE, torch.zeros_like(on_grid), on_grid)
+        codes = encode(on_grid.to(torch.float32), self.element)
+        codes = blocks.join(codes, axis, tuple(x.shape))
+        codes = codes.view(_CODE_DTYPES.get(self.element.name, torch.uint8))
+        stored = scales.squeeze(axis + 1).to(torch.uint8)
+        return Quantized(self.name, codes, stored, axis, tuple(x.shape), x.dtype)
+
+    @torch.no_grad()
+    def dequantize(self, quantized: Quantized) -> torch.Tensor:
+        check_format(quantized, self.name)
+        assert quantized.scales is not None
+        assert quantized.axis is not None
+        axis, wide = quantized.axis, quantized.dtype is torch.float64
+        parts = blocks.split(quantized.codes.view(torch.uint8), axis, self.block)
+        values = decode(parts, self.element).to(torch.float64 if wide else torch.float32)
+        scales = quantized.scales.unsqueeze(axis + 1).to(torch.int32)
+        values = values * power_of_two(scales, values.dtype)
+        return blocks.join(values, axis, quantized.shape)
+
+    @torch.no_grad()
+    def fake_quantize(self, x: torch.Tensor, axis: int = -1) -> torch.Tensor:
+        axis = resolve_axis(x, axis)
+        parts = blocks.split(working(x), axis, self.block)
+        scales = shared_scales(parts, axis, self.element)
+        on_grid = round_even(parts * power_of_two(254 - scales, parts.dtype), self.element)
+        on_grid.mul_(power_of_two(scales, parts.dtype))
+        return blocks.join(on_grid, axis, tuple(x.shape)).to(x.dtype)
+
+
+def shared_scales(parts: torch.Tensor, axis: int, element: Element) -> torch.Tensor:
+    """The biased exponent of each block's scale, 0 .. 254 or 255 (NaN), as int32."""
+    integer, mantissa, bias = LAYOUT[parts.dtype]
+    largest = blocks.amax(parts, axis)
+    power = (largest.view(integer) >> mantissa).sub_(bias + element.emax).clamp_(-127, 127)
+    power = power.to(torch.int32).add_(127)
+    return power.masked_fill_(~largest.isfinite(), NAN_SCALE)
+
+
+def power_of_two(biased: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """2^(biased - 127), exactly (2^-127 is subnormal in float32); NaN for 255."""
+    if dtype is torch.float64:
+        wide = ((biased.to(torch.int64) + (1023 - 127)) << 52).view(torch.float64)
+        return wide.masked_fill_(biased == NAN_SCALE, torch.nan)
+    special = (biased == 0) | (biased == NAN_SCALE)
+    return ((biased << 23) | (special.to(torch.int32) << 22)).view(torch.float32)

@@ -1,0 +1,87 @@
+"""NVFP4: blocks of 16 E2M1 elements with an E4M3 scale each, and one float32 scale for all.
+
+As NVIDIA's kernels and torchao compute it, all in float32: g = amax(x) / (448 * 6), the scale of
+a block is E4M3(amax(block) / 6 / g), at least 2^-6, and an element E2M1(x * ((1 / g) / scale)).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tensortap.formats import blocks
+from tensortap.formats.codec import Quantized, check_format, in_float32, resolve_axis
+from tensortap.formats.minifloat import E2M1, E4M3, decode, encode, round_even
+from tensortap.records import FormatInfo
+
+BLOCK = 16
+_LEAST_TENSOR_SCALE = 2.0**-126
+"""Its inverse is finite; also the scale of a tensor of zeros."""
+
+
+@dataclass(frozen=True, slots=True)
+class NVFP4:
+    """The `nvfp4` format. Codes: uint8; scales: float8_e4m3fn; tensor_scale: float32, 0-d.
+
+    float64 is rounded to float32 first. A NaN or an infinity makes the tensor's scale NaN, and
+    with it every value.
+    """
+
+    name: str = "nvfp4"
+    block: int = BLOCK
+
+    @property
+    def info(self) -> FormatInfo:
+        return FormatInfo(self.name, self.block, "nearest-even")
+
+    @torch.no_grad()
+    def quantize(self, x: torch.Tensor, axis: int = -1) -> Quantized:
+        axis = resolve_axis(x, axis)
+        on_grid, scales, whole = self._quantize(x, axis)
+        codes = blocks.join(encode(on_grid.nan_to_num(0.0), E2M1), axis, tuple(x.shape))
+        stored = encode(scales, E4M3).view(torch.float8_e4m3fn).squeeze(axis + 1)
+        return Quantized(self.name, codes, stored, axis, tuple(x.shape), x.dtype, whole)
+
+    @torch.no_grad()
+    def dequantize(self, quantized: Quantized) -> torch.Tensor:
+        check_format(quantized, self.name)
+        assert quantized.scales is not None
+        assert quantized.axis is not None
+        assert quantized.tensor_scale is not None
+        axis = quantized.axis
+        values = decode(blocks.split(quantized.codes, axis, self.block), E2M1)
+        scales = quantized.scales.to(torch.float32).unsqueeze(axis + 1)
+        values = values * (quantized.tensor_scale * scales)
+        values = blocks.join(values, axis, quantized.shape)
+        return values.to(torch.float64 if quantized.dtype is torch.float64 else torch.float32)
+
+    @torch.no_grad()
+    def fake_quantize(self, x: torch.Tensor, axis: int = -1) -> torch.Tensor:
+        axis = resolve_axis(x, axis)
+        on_grid, scales, whole = self._quantize(x, axis)
+        return blocks.join(on_grid.mul_(whole * scales), axis, tuple(x.shape)).to(x.dtype)
+
+    def _quantize(
+        self, x: torch.Tensor, axis: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Elements on the grid, block scales, tensor scale: all float32 values."""
+        parts = blocks.split(in_float32(x), axis, self.block)
+        largest = blocks.amax(parts, axis)
+        whole = tensor_scale(largest)
+        scales = block_scales(largest, whole)
+        return round_even(parts * ((1.0 / whole) / scales), E2M1), scales, whole
+
+
+def tensor_scale(largest: torch.Tensor) -> torch.Tensor:
+    """The scale of the whole tensor, from the largest magnitudes of its blocks."""
+    if largest.numel() == 0:
+        return largest.new_full((), _LEAST_TENSOR_SCALE)
+    whole = largest.amax() / (E4M3.max * E2M1.max)
+    return whole.clamp_(min=_LEAST_TENSOR_SCALE).masked_fill_(whole == torch.inf, torch.nan)
+
+
+def block_scales(largest: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """Scales of the blocks on the E4M3 grid; normal values only, and none where there is NaN."""
+    wanted = (largest / E2M1.max / whole).nan_to_num(E4M3.max)
+    return round_even(wanted.clamp_(E4M3.smallest_normal, E4M3.max), E4M3)
