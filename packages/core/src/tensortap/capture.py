@@ -6,7 +6,7 @@ import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 
@@ -59,6 +59,8 @@ class Capture:
         """Begin a call of a site; `None` when its step is not selected."""
         self.see = self._guarded(self._see)
         """Record the selected tensors of a call, and have their gradients watched."""
+        self.bring = self._guarded(self._bring)
+        """Record selected tensors of the backward of a call, which is under way."""
         self.mark = self._guarded(self._mark)
         """Have the first gradient of a forward tell which forward this backward belongs to."""
         self.emit = self._guarded(self._emit)
@@ -89,7 +91,7 @@ class Capture:
         if not self.active:
             return None
         frame = self.clock.frame()
-        at = frame.enter(site.name)  # Also of a step that is not selected: calls are counted.
+        at = frame.enter(site.key)  # Also of a step that is not selected: calls are counted.
         return SiteCall(self, site, frame, at) if frame.selected else None
 
     def _see(
@@ -102,7 +104,10 @@ class Capture:
         site, at = call.site, call.at
         forward = replace(at, recompute=False) if at.recompute else at
         for key, value in tensors.items() if self.active else ():
-            for name, tensor in tensors_in(key, value):
+            for native, tensor in tensors_in(key, value):
+                name = site.words.get(native, native)
+                if name is None:
+                    continue
                 values = self.choices(site.name, "forward", name)
                 if values is not None:
                     seen = Sighting(site, "forward", name, at, values, dims.get(name), format)
@@ -114,6 +119,26 @@ class Capture:
                 if values is not None:
                     seen = Sighting(site, "backward", gradient, forward, values, dims.get(name))
                     self._gradients.watch(tensor, call.frame, seen)
+
+    def _bring(
+        self,
+        call: SiteCall,
+        tensors: Mapping[str, Any],
+        dims: Mapping[str, str],
+        format: FormatInfo | None,
+    ) -> None:
+        if not self.active:
+            return
+        self.clock.backward_reached(call.frame)
+        forward = replace(call.at, recompute=False)
+        for key, value in tensors.items():
+            for name, tensor in tensors_in(key, value):
+                values = self.choices(call.site.name, "backward", name)
+                if values is not None:
+                    seen = Sighting(
+                        call.site, "backward", name, forward, values, dims.get(name), format
+                    )
+                    self._emit(tensor, [seen])
 
     def _mark(self, output: Any, frame: Frame) -> None:
         for _, tensor in tensors_in("output", output):
@@ -195,10 +220,12 @@ class SiteCall:
         *,
         dims: Mapping[str, str] | None = None,
         format: FormatInfo | None = None,
+        phase: Literal["forward", "backward"] = "forward",
     ) -> None:
         """See `integration.Call.capture`."""
         named = self.site.dims if dims is None else {**self.site.dims, **dims}
-        self._capture.see(self, tensors, named, format)
+        record = self._capture.see if phase == "forward" else self._capture.bring
+        record(self, tensors, named, format)
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from tensortap.config import Settings
 from tensortap.errors import CaptureWarning, SelectionError
@@ -36,8 +36,7 @@ class Choices:
         for phase, prefix in (("forward", ""), ("backward", "grad_")):
             if phase not in self._settings.phases:
                 continue
-            for tensor in site.tensors:
-                word = f"{prefix}{tensor}"
+            for word in _words(site, phase, prefix):
                 if self(site.name, phase, word) is not None:
                     return True
                 several = f"{site.name}/{phase}/{word}."
@@ -45,14 +44,21 @@ class Choices:
                     return True
         return False
 
-    def sites_in(self, sites: Sequence[Site], parameters: Sequence[str]) -> list[Site]:
-        """The selected sites; raises `SelectionError` when not even a parameter is selected."""
+    def sites_in(
+        self, sites: Sequence[Site], parameters: Sequence[str], elsewhere: Sequence[str] = ()
+    ) -> list[Site]:
+        """The selected sites; none when all that is selected lies on other ranks.
+
+        Raises `SelectionError` when nothing is selected at all, not even a parameter.
+        """
         selected = [site for site in sites if self.wants(site)]
-        if all(site.silent for site in selected) and not self._any(parameters):
+        if all(site.silent for site in selected) and not self.selects_any(
+            (*parameters, *elsewhere)
+        ):
             for site in selected:
                 raise SelectionError(f"{site.name} cannot be captured: {site.silent}.")
             names = [f"{site.name}/forward/{tensor}" for site in sites for tensor in site.tensors]
-            known = [*names, *parameters]
+            known = list(dict.fromkeys([*names, *parameters, *elsewhere]))
             raise self._settings.select.nothing_in(known, "this model", hint=self._hint(sites))
         return selected
 
@@ -82,5 +88,12 @@ class Choices:
                     stacklevel=5,
                 )
 
-    def _any(self, names: Sequence[str]) -> bool:
+    def selects_any(self, names: Iterable[str]) -> bool:
+        """Is any of these names selected?"""
         return any(self(*name.split("/")) is not None for name in names)
+
+
+def _words(site: Site, phase: str, prefix: str) -> list[str]:
+    """What the tensors of a site are called in a phase."""
+    own = site.backward if phase == "backward" else ()
+    return [f"{prefix}{tensor}" for tensor in site.tensors] + list(own)

@@ -147,8 +147,10 @@ class ParameterHooks:
         self._owners: dict[nn.Parameter, list[tuple[Site, str]]] = {}
         for site in sites:
             if site.kind == "module":
-                for name, parameter in site.module.named_parameters(recurse=False):
-                    self._owners.setdefault(parameter, []).append((site, escape(name)))
+                for native, parameter in site.module.named_parameters(recurse=False):
+                    name = site.words.get(native, escape(native))
+                    if name is not None:
+                        self._owners.setdefault(parameter, []).append((site, name))
 
     def names(self) -> list[str]:
         """Every name a parameter or its gradient could be recorded under."""
@@ -176,12 +178,14 @@ class ParameterHooks:
                 self._capture.emit(parameter, seen)
 
     def _accumulated(self, parameter: torch.Tensor) -> None:
-        if self._capture is None or not self._capture.active or parameter.grad is None:
+        if self._capture is None or not self._capture.active:
             return
         frame = self._capture.clock.frame()
         if frame.selected:
             seen = self._seen(parameter, "grad", frame.whole(frame.microbatch))
-            self._capture.emit(parameter.grad, seen)
+            gradient = seen[0].site.gradient(cast(nn.Parameter, parameter))
+            if gradient is not None:
+                self._capture.emit(gradient, seen)
 
     def _seen(self, parameter: torch.Tensor, phase: str, at: Coordinates) -> list[Sighting]:
         chosen = (

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -21,6 +21,14 @@ from tensortap.undo import Undo
 PlacementRule = Callable[[str, str, torch.Tensor], "Placement | None"]
 """(phase, tensor, value) -> how the value lies in the logical tensor; `None`: it is whole."""
 
+GradientRule = Callable[[nn.Parameter], "torch.Tensor | None"]
+"""A parameter whose `.grad` was just accumulated -> its gradient so far in the step."""
+
+
+def plain_gradient(parameter: nn.Parameter) -> torch.Tensor | None:
+    """Where torch itself accumulates."""
+    return parameter.grad
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Site:
@@ -28,7 +36,8 @@ class Site:
 
     A `module` site is hooked by the core: its inputs and outputs, their gradients, and the
     parameters it owns. A `function` site is reported by its integration through
-    `Observer.enter`; `tensors` lists the forward tensors it yields.
+    `Observer.enter`; `tensors` lists the forward tensors it yields. Several sites may share a
+    name, as long as their tensors and native names differ.
     """
 
     name: str
@@ -39,8 +48,19 @@ class Site:
     dims: Mapping[str, str] = field(default_factory=dict)
     """Forward tensor, or parameter, to its named axes: `{"query": "batch head seq dim"}`."""
     placement: PlacementRule | None = None
+    words: Mapping[str, str | None] = field(default_factory=dict)
+    """What hooks and modules call a tensor or parameter -> its name here; `None`: not recorded.
+    `{"input.1": "key", "layer_norm_weight": "weight"}`."""
+    backward: tuple[str, ...] = ()
+    """Tensors of the backward of a function site that are no gradients of `tensors`."""
+    gradient: GradientRule = plain_gradient
     silent: str | None = None
     """Why hooks at this site can never fire (`"superseded by layers.0.mixer.conv"`)."""
+
+    @property
+    def key(self) -> str:
+        """What its calls are counted by: sites that share a name are called side by side."""
+        return f"{self.name} {self.native}"
 
 
 class Call(Protocol):
@@ -52,10 +72,13 @@ class Call(Protocol):
         *,
         dims: Mapping[str, str] | None = None,
         format: FormatInfo | None = None,
+        phase: Literal["forward", "backward"] = "forward",
     ) -> None:
         """Capture forward tensors now, and their gradients as `grad_…` when backward runs.
 
-        Values that are not tensors (tuples, dicts, dataclasses) are walked; `None` is skipped.
+        With `phase="backward"`, called from inside the backward of this call: capture tensors of
+        its backward under the names given. Values that are not tensors (tuples, dicts,
+        dataclasses) are walked; `None` is skipped.
         """
 
 
@@ -79,6 +102,17 @@ class Observer(Protocol):
 
     def note(self, name: str, reason: str) -> None:
         """Put a remark about a site into the coverage report."""
+
+
+@runtime_checkable
+class SpreadModels(Protocol):
+    """What an integration also has when a model is spread over ranks, as pipelines are."""
+
+    def elsewhere(self, model: nn.Module) -> Sequence[str]:
+        """Forward names (`layers.7.mlp/forward/output`) that sites of other ranks may have.
+
+        Found without a collective; a selection that matches one of them may be empty here.
+        """
 
 
 class Integration(Protocol):

@@ -13,7 +13,16 @@ from tensortap.steps import StepClock
 class Outcome:
     """The first failure of a tap, and the one message about how it ended."""
 
-    def __init__(self, settings: Settings, coverage: Coverage, clock: StepClock) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        coverage: Coverage,
+        clock: StepClock,
+        *,
+        may_be_empty: bool = False,
+    ) -> None:
+        """`may_be_empty`: all that is selected lies on other ranks."""
+        self._may_be_empty = may_be_empty
         self._settings = settings
         self._coverage = coverage
         self._clock = clock
@@ -40,6 +49,8 @@ class Outcome:
             if self._settings.on_error == "raise":
                 raise CaptureError(message) from self._failure
             warnings.warn(message, CaptureWarning, stacklevel=2)
+        elif self._may_be_empty:
+            return
         elif not self._coverage.total or self._only_gradients():
             raise CaptureError(f"tensortap captured nothing: {self._why_nothing()}")
 

@@ -27,7 +27,7 @@ from tensortap.discovery import aliases, better, discover
 from tensortap.errors import CaptureError, CaptureWarning, ConfigError
 from tensortap.gradients import Sighting
 from tensortap.hooks import ContainerHooks, ModuleHooks, ParameterHooks, ancestors
-from tensortap.integration import Integration, Site
+from tensortap.integration import Integration, Site, SpreadModels
 from tensortap.launch import rank_and_world
 from tensortap.names import TensorName, escape
 from tensortap.observer import TapObserver
@@ -182,8 +182,10 @@ class Tap:
         choices = Choices(self.settings)
         self._roots = roots
         self._parameters = ParameterHooks(every, choices)
-        self._selected = choices.sites_in(every, self._parameters.names())
-        choices.warn_of_dead(every, self._parameters.names())
+        parameters = self._parameters.names()
+        elsewhere = [name for p, root in zip(plugins, roots, strict=True) for name in _far(p, root)]
+        self._selected = choices.sites_in(every, parameters, elsewhere)
+        choices.warn_of_dead(every, [*parameters, *elsewhere])
         self._note(roots, plugins)
         self._start(sink, describe_run(self.settings, roots, plugins, place), choices)
         try:
@@ -218,7 +220,8 @@ class Tap:
             begin=self._parameters.begin_step,
             end=self._end_step,
         )
-        self._outcome = Outcome(self.settings, self.coverage, self._clock)
+        here = bool(self._selected) or choices.selects_any(self._parameters.names())
+        self._outcome = Outcome(self.settings, self.coverage, self._clock, may_be_empty=not here)
         self._transfer = Transfer(
             self._sink,
             max_pending=self.settings.max_pending,
@@ -289,7 +292,7 @@ class Tap:
 
 def _told_apart(sites: Sequence[Sequence[Site]]) -> list[list[Site]]:
     """Names that occur in several models of a list become `chunks.0.root`, `chunks.1.root`, …."""
-    counts = Counter(site.name for some in sites for site in some)
+    counts = Counter(name for some in sites for name in {site.name for site in some})
     return [
         [
             replace(site, name=f"chunks.{number}.{site.name}") if counts[site.name] > 1 else site
@@ -297,3 +300,8 @@ def _told_apart(sites: Sequence[Sequence[Site]]) -> list[list[Site]]:
         ]
         for number, some in enumerate(sites)
     ]
+
+
+def _far(plugin: Integration, root: nn.Module) -> Sequence[str]:
+    """Names that sites of other ranks may have."""
+    return plugin.elsewhere(root) if isinstance(plugin, SpreadModels) else ()

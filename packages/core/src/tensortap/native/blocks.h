@@ -11,13 +11,12 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__x86_64__) && defined(__GLIBC__) && !defined(TENSORTAP_NO_CLONES)
+#include "clones.h"
+
+#if HAVE_CLONES
 #include <immintrin.h>
-/* One library for every x86-64 machine: the loader picks the widest copy the CPU can run. */
-#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #define HAVE_F16C 1
 #else
-#define CLONES
 #define HAVE_F16C 0
 #endif
 

@@ -17,10 +17,10 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 LIBRARY = "libtensortap.so"
-_SOURCES = ("blocks.h", "walk.h", "stats.c")
+_SOURCES = ("clones.h", "threads.h", "blocks.h", "walk.h", "stats.c", "formats.c")
 _FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-fopenmp-simd")
 _TIMEOUT = 120.0
-"""Seconds; compiling takes about one."""
+"""Seconds; compiling takes a few."""
 
 
 class CompileError(Exception):
@@ -66,7 +66,7 @@ def _compile(command: list[str], target: str) -> None:
     for extra in (wide, ["-DTENSORTAP_NO_CLONES"]):
         problem = _run([
             *command, *_FLAGS, *extra, f'-DTENSORTAP_SOURCE="{digest()}"',
-            "-o", target, str(HERE / "stats.c"), "-lm",
+            "-o", target, *(str(HERE / name) for name in _SOURCES if name.endswith(".c")), "-lm",
         ])  # fmt: skip
         if not problem:
             return

@@ -11,6 +11,7 @@
 #endif
 
 #include "blocks.h"
+#include "threads.h"
 #include "walk.h"
 
 #define CHUNK (32 * BLOCK)
@@ -34,16 +35,14 @@ typedef struct {
     int64_t *exponents; /* or NULL */
 } job;
 
-typedef void (*parallel_start)(void (*)(void *), void *, unsigned, unsigned);
-
-static parallel_start start_threads;
+parallel_start tensortap_start_threads;
 static double tables[TABLES][256];
 
 /* What the library was built from; a stale one beside newer sources is not used. */
 const char *tensortap_source(void) { return TENSORTAP_SOURCE; }
 
 /* `GOMP_parallel` of the OpenMP runtime torch itself runs on: no second pool of threads. */
-void tensortap_set_threads(parallel_start start) { start_threads = start; }
+void tensortap_set_threads(parallel_start start) { tensortap_start_threads = start; }
 
 /* Values of the 256 codes of a byte kind (16 for 4-bit ones). */
 void tensortap_set_table(int64_t kind, const double *values)
@@ -181,8 +180,8 @@ static double origin_of(const job *j)
 static void run(job *j, int64_t threads)
 {
     j->next = 0;
-    if (threads > 1 && j->chunks > 1 && start_threads)
-        start_threads(take_chunks, j, (unsigned)threads, 0);
+    if (threads > 1 && j->chunks > 1 && tensortap_start_threads)
+        tensortap_start_threads(take_chunks, j, (unsigned)threads, 0);
     else
         take_chunks(j);
 }

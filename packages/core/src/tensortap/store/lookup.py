@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from tensortap.errors import RunError
-from tensortap.records import Coordinates, Part, RunInfo, TensorRecord
+from tensortap.records import Coordinates, Part, Placement, RunInfo, TensorRecord
 from tensortap.store.assembly import assemble
 from tensortap.store.cutting import cut, require_one
 from tensortap.store.pieces import Piece, geometry
@@ -71,10 +71,20 @@ class Found:
         placements = [record.placement for record in self.records if record.placement]
         return any("dp" in placement.partial for placement in placements)
 
-    def assemble(self, loaded: list[Loaded], *, alone: bool, padded: bool) -> torch.Tensor:
-        """The logical tensor, or a single rank's piece as it is, cut to what was asked for."""
+    def assemble(
+        self, loaded: list[Loaded], *, alone: bool, one_replica: bool, padded: bool
+    ) -> torch.Tensor:
+        """The logical tensor, or a single rank's piece as it is, cut to what was asked for.
+
+        `one_replica`: only one data-parallel rank was asked for, so nothing is summed over them.
+        """
         pieces = [
-            Piece(record.at.rank, tensor, record.placement, info.parallel)
+            Piece(
+                record.at.rank,
+                tensor,
+                _of_one_replica(record.placement) if one_replica else record.placement,
+                info.parallel,
+            )
             for record, tensor, info in loaded
         ]
         placement = require_one([piece.placement for piece in pieces])
@@ -152,6 +162,12 @@ def _last_sums(records: tuple[TensorRecord, ...]) -> tuple[TensorRecord, ...]:
         if key not in last or record.seq > last[key].seq:
             last[key] = record
     return tuple(last.values())
+
+
+def _of_one_replica(placement: Placement | None) -> Placement | None:
+    if placement is None or "dp" not in placement.partial:
+        return placement
+    return replace(placement, partial=tuple(g for g in placement.partial if g != "dp"))
 
 
 def parts_of(record: TensorRecord) -> tuple[Part, ...]:

@@ -233,7 +233,9 @@ class Run:
                 (record, self.piece(record, verify=verify), self.info_of(record.at.rank))
                 for record in found.choose(dp_rank, self._place_of, alone=rank is not None)
             ]
-            return found.assemble(pieces, alone=rank is not None, padded=padded)
+            return found.assemble(
+                pieces, alone=rank is not None, one_replica=dp_rank is not None, padded=padded
+            )
 
         try:
             return self._fresh(serve)
