@@ -61,7 +61,11 @@ class Codec(Protocol):
         ...
 
     def fake_quantize(self, x: torch.Tensor, axis: int = -1) -> torch.Tensor:
-        """`dequantize(quantize(x)).to(x.dtype)` at once: new memory, no graph for autograd."""
+        """`dequantize(quantize(x)).to(x.dtype)` at once: new memory, no graph for autograd.
+
+        On the CPU float32 and bfloat16 go through a compiled kernel, in one pass. The memory
+        layout is that of `x` or contiguous.
+        """
         ...
 
 
@@ -69,6 +73,11 @@ def working(x: torch.Tensor) -> torch.Tensor:
     """`x` in the precision formats compute in: float64 stays, all else is exact in float32."""
     _check_floating(x)
     return x.detach() if x.dtype in (torch.float32, torch.float64) else x.detach().float()
+
+
+def compact(x: torch.Tensor) -> torch.Tensor:
+    """`x` as the compiled kernel takes it: bfloat16 stays too, it is widened on the way."""
+    return x.detach() if x.dtype is torch.bfloat16 else working(x)
 
 
 def in_float32(x: torch.Tensor) -> torch.Tensor:

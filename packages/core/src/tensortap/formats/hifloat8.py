@@ -12,8 +12,8 @@ from typing import Literal
 
 import torch
 
-from tensortap.formats import hifloat8_codes
-from tensortap.formats.codec import Quantized, check_format, in_float32, working
+from tensortap.formats import compiled, hifloat8_codes
+from tensortap.formats.codec import Quantized, check_format, compact, in_float32, working
 from tensortap.formats.minifloat import LAYOUT
 from tensortap.records import FormatInfo
 
@@ -56,7 +56,10 @@ class HiFloat8:
 
     @torch.no_grad()
     def fake_quantize(self, x: torch.Tensor, axis: int = -1) -> torch.Tensor:
-        return self._round(x).to(x.dtype)
+        rounded = None
+        if self.rounding == "ta":
+            rounded = compiled.hifloat8(compact(x), saturate=self.overflow == "saturate")
+        return (self._round(x) if rounded is None else rounded).to(x.dtype)
 
     def _round(self, x: torch.Tensor) -> torch.Tensor:
         values = working(x) if self.rounding == "ta" else in_float32(x)

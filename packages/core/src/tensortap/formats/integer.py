@@ -115,7 +115,9 @@ class Int4:
 
 def _scale(largest: torch.Tensor, levels: int) -> torch.Tensor:
     """At least the smallest normal number, so that zeros divide; NaN where not finite."""
-    scale = (largest / levels).clamp_(min=torch.finfo(largest.dtype).tiny)
+    # By a number, CUDA multiplies with its inverse instead, and the last bit differs.
+    by = torch.full((), levels, dtype=largest.dtype, device=largest.device)
+    scale = (largest / by).clamp_(min=torch.finfo(largest.dtype).tiny)
     return scale.masked_fill_(scale == torch.inf, torch.nan)
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from tensortap.formats import blocks
-from tensortap.formats.codec import Quantized, check_format, resolve_axis, working
+from tensortap.formats import blocks, compiled
+from tensortap.formats.codec import Quantized, check_format, compact, resolve_axis, working
 from tensortap.formats.minifloat import E4M3, E5M2, LAYOUT, Element, decode, encode, round_even
 from tensortap.records import FormatInfo
 
@@ -61,12 +61,19 @@ class MX:
 
     @torch.no_grad()
     def fake_quantize(self, x: torch.Tensor, axis: int = -1) -> torch.Tensor:
-        axis = resolve_axis(x, axis)
-        parts = blocks.split(working(x), axis, self.block)
+        axis, values = resolve_axis(x, axis), compact(x)
+        rounded = compiled.mx_blocks(values, axis, self.element, self.block)
+        if rounded is None:
+            rounded = self._fake_quantize(working(values), axis)
+        return rounded.to(x.dtype)
+
+    def _fake_quantize(self, values: torch.Tensor, axis: int) -> torch.Tensor:
+        """The same in torch operations, for every device and dtype."""
+        parts = blocks.split(values, axis, self.block)
         scales = shared_scales(parts, axis, self.element)
         on_grid = round_even(parts * power_of_two(254 - scales, parts.dtype), self.element)
         on_grid.mul_(power_of_two(scales, parts.dtype))
-        return blocks.join(on_grid, axis, tuple(x.shape)).to(x.dtype)
+        return blocks.join(on_grid, axis, tuple(values.shape))
 
 
 def shared_scales(parts: torch.Tensor, axis: int, element: Element) -> torch.Tensor:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from tensortap.formats import blocks
-from tensortap.formats.codec import Quantized, check_format, in_float32, resolve_axis
+from tensortap.formats import blocks, compiled
+from tensortap.formats.codec import Quantized, check_format, compact, in_float32, resolve_axis
 from tensortap.formats.minifloat import E2M1, E4M3, decode, encode, round_even
 from tensortap.records import FormatInfo
 
@@ -58,8 +58,15 @@ class NVFP4:
 
     @torch.no_grad()
     def fake_quantize(self, x: torch.Tensor, axis: int = -1) -> torch.Tensor:
-        axis = resolve_axis(x, axis)
-        on_grid, scales, whole = self._quantize(x, axis)
+        axis, values = resolve_axis(x, axis), compact(x)
+        if values.dtype is torch.float64:
+            values = values.float()
+        if compiled.serves(values):
+            whole = tensor_scale(_largest(values))
+            rounded = compiled.nvfp4_blocks(values, axis, E2M1, self.block, whole)
+            assert rounded is not None
+            return rounded.to(x.dtype)
+        on_grid, scales, whole = self._quantize(values, axis)
         return blocks.join(on_grid.mul_(whole * scales), axis, tuple(x.shape)).to(x.dtype)
 
     def _quantize(
@@ -68,20 +75,31 @@ class NVFP4:
         """Elements on the grid, block scales, tensor scale: all float32 values."""
         parts = blocks.split(in_float32(x), axis, self.block)
         largest = blocks.amax(parts, axis)
-        whole = tensor_scale(largest)
+        whole = tensor_scale(_largest(largest))
         scales = block_scales(largest, whole)
-        return round_even(parts * ((1.0 / whole) / scales), E2M1), scales, whole
+        return round_even(parts * (whole.reciprocal() / scales), E2M1), scales, whole
 
 
 def tensor_scale(largest: torch.Tensor) -> torch.Tensor:
-    """The scale of the whole tensor, from the largest magnitudes of its blocks."""
-    if largest.numel() == 0:
-        return largest.new_full((), _LEAST_TENSOR_SCALE)
-    whole = largest.amax() / (E4M3.max * E2M1.max)
-    return whole.clamp_(min=_LEAST_TENSOR_SCALE).masked_fill_(whole == torch.inf, torch.nan)
+    """The scale of the whole tensor from its largest magnitude (0-d); NaN if that is not finite."""
+    whole = _divided(largest, E4M3.max * E2M1.max)
+    return whole.clamp_(min=_LEAST_TENSOR_SCALE).masked_fill_(largest == torch.inf, torch.nan)
 
 
 def block_scales(largest: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
-    """Scales of the blocks on the E4M3 grid; normal values only, and none where there is NaN."""
-    wanted = (largest / E2M1.max / whole).nan_to_num(E4M3.max)
+    """Scales of the blocks, from their largest magnitudes, on the E4M3 grid; normal values only."""
+    wanted = (_divided(largest, E2M1.max) / whole).nan_to_num(E4M3.max)
     return round_even(wanted.clamp_(E4M3.smallest_normal, E4M3.max), E4M3)
+
+
+def _largest(values: torch.Tensor) -> torch.Tensor:
+    """The largest magnitude, float32, 0-d; NaN if there is one."""
+    if values.numel() == 0:
+        return values.new_zeros((), dtype=torch.float32)
+    low, high = torch.aminmax(values)
+    return torch.maximum(low.neg(), high).float()
+
+
+def _divided(values: torch.Tensor, by: float) -> torch.Tensor:
+    # By a number, CUDA multiplies with its inverse instead, and the last bit differs.
+    return values / torch.full((), by, device=values.device)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from tensortap.native.build import digest
+from tensortap.native.rounding import Rounding
 from tensortap.records import Statistics
 
 LEADING = 10
@@ -49,7 +50,10 @@ class StaleLibrary(Exception):
 
 
 class Library:
-    """Statistics by compiled code. Raises `OSError` or `StaleLibrary` if `path` is no use."""
+    """Compiled code of `path`: statistics, and as `rounding` that of the number formats.
+
+    Raises `OSError` or `StaleLibrary` if `path` is no use.
+    """
 
     def __init__(self, path: Path) -> None:
         free, held = ctypes.CDLL(str(path)), ctypes.PyDLL(str(path))
@@ -61,6 +65,7 @@ class Library:
             function.restype = ctypes.c_int64
             function.argtypes = _ARGUMENTS
         self._kinds = _kinds(free)
+        self.rounding = Rounding(path)
         os.register_at_fork(after_in_child=self._forget_threads)
 
     def serves(self, dtype: torch.dtype) -> bool:

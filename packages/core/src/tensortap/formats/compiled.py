@@ -1,0 +1,97 @@
+"""Fake quantisation of CPU tensors by the compiled kernel, where it is there and can serve.
+
+It gives what the torch operations of the codecs give, bit for bit, in one pass.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tensortap import native
+from tensortap.formats.minifloat import Element
+from tensortap.native.rounding import Grid
+
+_DTYPES = (torch.float32, torch.bfloat16)
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def mx_blocks(x: torch.Tensor, axis: int, element: Element, block: int) -> torch.Tensor | None:
+    """`x` in blocks with a power of two as scale; `None` where the kernel does not serve."""
+    return _blocks(x, axis, element, Grid(block=block, power_of_two=1))
+
+
+def nvfp4_blocks(
+    x: torch.Tensor, axis: int, element: Element, block: int, whole: torch.Tensor
+) -> torch.Tensor | None:
+    """`x` in blocks with E4M3 scales beside the tensor's own; `None` as above."""
+    inverse = whole.reciprocal()
+    grid = Grid(block=block, tensor_scale=float(whole), tensor_inverse=float(inverse))
+    return _blocks(x, axis, element, grid)
+
+
+def hifloat8(x: torch.Tensor, *, saturate: bool) -> torch.Tensor | None:
+    """`x` in HiFloat8 with ties away from zero; `None` as above."""
+    kernel = _kernel(x)
+    if kernel is None:
+        return None
+    dense, order = _dense(x)
+    to = torch.empty_like(dense)
+    kernel.rounding.hifloat8(dense, to, saturate=saturate, threads=_threads(kernel))
+    return _restored(to, order)
+
+
+def serves(x: torch.Tensor) -> bool:
+    """Whether the kernel can be given `x`; decided without reading it."""
+    return _kernel(x) is not None
+
+
+def _blocks(x: torch.Tensor, axis: int, element: Element, grid: Grid) -> torch.Tensor | None:
+    kernel = _kernel(x)
+    if kernel is None:
+        return None
+    if x.dim() == 0:
+        found = _blocks(x.reshape(1), axis, element, grid)
+        return None if found is None else found.reshape(())
+    grid.emin, grid.mantissa = element.emin, element.mantissa_bits
+    grid.emax, grid.max = element.emax, element.max
+    dense, order = _dense(x)
+    to = torch.empty_like(dense)
+    place = order.index(axis)
+    kernel.rounding.blocks(dense, to, place, grid, threads=_threads(kernel))
+    return _restored(to, order)
+
+
+def _kernel(x: torch.Tensor) -> native.Library | None:
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype not in _DTYPES:
+        return None
+    # Only a tensor with memory of its own: no subclass, no function transform, no trace, no fake.
+    if type(x) not in _PLAIN or x.layout is not torch.strided or x.is_neg():
+        return None
+    functional = torch._C._functorch.is_functorch_wrapped_tensor(x)
+    if functional or torch._C._get_tracing_state() or torch._C._len_torch_dispatch_stack():
+        return None
+    return native.library()
+
+
+def _threads(kernel: native.Library) -> int:
+    return torch.get_num_threads() if kernel.threaded else 1
+
+
+def _dense(x: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+    """A contiguous tensor and the order its axes have in `x`; a copy only where `x` has gaps.
+
+    A transposed tensor is rounded as it lies, along the axis that takes the axis' place.
+    """
+    x = x.detach()
+    axes = list(range(x.dim()))
+    if x.is_contiguous():
+        return x, axes
+    order = sorted(axes, key=lambda axis: x.stride(axis), reverse=True)
+    turned = x.permute(order)
+    return (turned, order) if turned.is_contiguous() else (x.contiguous(), axes)
+
+
+def _restored(to: torch.Tensor, order: list[int]) -> torch.Tensor:
+    if order == sorted(order):
+        return to
+    return to.permute([order.index(axis) for axis in range(len(order))])
