@@ -1,0 +1,206 @@
+"""The files of the old fork, or of an export, as a run.
+
+Files that tensortap wrote say all there is to know. Of any other file (a bare tensor, or the
+fork's own dictionary) the name is all that counts: see `words.canonical`. Such files follow each
+other by timestamp and counter, and `call` numbers those of one name in that order. A backward
+file is therefore not paired with its forward: which of a layer's linears it belongs to, and to
+which microbatch, the name does not say.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from copy import copy
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from tensortap.coverage import Coverage
+from tensortap.errors import RunError
+from tensortap.layouts import Moved, Progress
+from tensortap.records import RunInfo, TensorRecord
+from tensortap.sinks import CoverageSink, TensorSink
+from tensortap.store import RunDirectorySink
+from tensortap.store.documents import decode_info, read_document
+from tensortap.store.reports import merge_coverage
+from tensortap_megatron.layout.files import bare_record, load, read_file
+from tensortap_megatron.layout.folder import COVERAGE, RUN, rank_folders
+from tensortap_megatron.layout.words import OldName, parse
+
+_UNPAIRED = (
+    "from files without metadata: calls are numbered in the order of the files, and a backward is "
+    "not paired with its forward"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One file, and the record it becomes; `old` where only the name of the file tells."""
+
+    path: Path
+    record: TensorRecord
+    old: OldName | None = None
+
+
+def load_folder(folder: Path, sink: TensorSink, progress: Progress) -> Moved:
+    """Read `folder` into an unopened sink, after every file was found readable.
+
+    Each rank of a run directory gets a sink of its own, as in a capture; any other sink is opened
+    once and gets the records of all ranks. Raises `RunError` naming the file that is wrong.
+    """
+    entries = _scan(folder)
+    if not entries:
+        raise RunError(f"{folder} holds no .pt files; is it a folder of the layout 'megatron-pt'?")
+    infos = _infos(folder, entries)
+    told = _told(folder)
+    done = 0
+    for target, info, some in _shared_out(sink, infos, entries):
+        done = _fill(target, info, some, told, progress, done)
+        told = {}  # Said once, with the first rank.
+    return Moved(done, done)
+
+
+def _scan(folder: Path) -> list[Entry]:
+    if not folder.is_dir():
+        raise RunError(f"There is no folder {folder}.")
+    found = [
+        _entry(path, rank)
+        for rank, where in rank_folders(folder).items()
+        for path in sorted(where.glob("*.pt"))
+        if not path.name.startswith(".")
+    ]
+    described = [entry for entry in found if entry.old is None]
+    return described + _numbered([entry for entry in found if entry.old is not None], described)
+
+
+def _entry(path: Path, rank: int) -> Entry:
+    saved = read_file(path)
+    if saved.record is not None:
+        return Entry(path, saved.record)
+    old = parse(path.name)
+    if old is None:
+        raise RunError(
+            f"{path} has no metadata of tensortap, and its name does not say what it is: "
+            "timestamp_counter_layertype_operation_quanttype_tensor.pt is expected."
+        )
+    return Entry(path, bare_record(path, old, saved.tensor, old.rank or rank), old)
+
+
+def _numbered(bare: Iterable[Entry], described: Iterable[Entry]) -> list[Entry]:
+    """Give files that only have a name their order: after what is described, by time."""
+    calls: Counter[tuple[object, ...]] = Counter()
+    seq = 0
+    for entry in described:
+        key = _place(entry.record)
+        calls[key] = max(calls[key], entry.record.at.call + 1)
+        seq = max(seq, entry.record.seq + 1)
+    numbered = []
+    for order, entry in enumerate(sorted(bare, key=_moment), start=seq):
+        at = replace(entry.record.at, call=calls[_place(entry.record)])
+        calls[_place(entry.record)] += 1
+        numbered.append(replace(entry, record=replace(entry.record, at=at, seq=order)))
+    return numbered
+
+
+def _place(record: TensorRecord) -> tuple[object, ...]:
+    at = record.at
+    return str(record.name), at.step, at.microbatch, at.rank
+
+
+def _moment(entry: Entry) -> tuple[str, int, str]:
+    old = entry.old
+    return (old.timestamp, old.counter, str(entry.path)) if old else ("", 0, str(entry.path))
+
+
+def _infos(folder: Path, entries: list[Entry]) -> dict[int, RunInfo]:
+    """`RunInfo` of every rank, as run.json says, or as far as the files tell."""
+    found: dict[int, RunInfo] = {}
+    for where in rank_folders(folder).values():
+        if (where / RUN).exists():
+            info = decode_info(read_document(where / RUN), where / RUN)
+            found[info.rank] = info
+    if len({info.launch_id for info in found.values()}) > 1:
+        raise RunError(f"{folder} mixes the ranks of several runs; give each a folder of its own.")
+    launch = f"import-{uuid.uuid4().hex[:12]}"
+    known = next(iter(found.values()), _guess(entries))
+    ranks = {entry.record.at.rank for entry in entries} - set(found)
+    found |= {rank: replace(known, rank=rank, parallel={}) for rank in ranks}
+    return {rank: replace(found[rank], launch_id=launch) for rank in sorted(found)}
+
+
+def _guess(entries: list[Entry]) -> RunInfo:
+    """What files without a run.json tell of their run."""
+    names = sorted((entry.old for entry in entries if entry.old), key=lambda old: old.timestamp)
+    kinds = Counter(old.quant_type for old in names)
+    return RunInfo(
+        launch_id="",
+        created=_iso(names[0].timestamp) if names else "",
+        world_size=max(entry.record.at.rank for entry in entries) + 1,
+        format=next(iter(kinds)).replace("-", "_") if len(kinds) == 1 else None,
+        metadata={"quant_types": dict(kinds)} if kinds else {},
+    )
+
+
+def _iso(timestamp: str) -> str:
+    date, clock = timestamp.split("_")
+    return f"{date[:4]}-{date[4:6]}-{date[6:]}T{clock[:2]}:{clock[2:4]}:{clock[4:]}"
+
+
+def _told(folder: Path) -> dict[Path, Mapping[str, Any]]:
+    """Gaps and notes that were written beside the tensors."""
+    paths = [where / COVERAGE for where in rank_folders(folder).values()]
+    reports = {path: read_document(path) for path in paths if path.exists()}
+    wanted = ("complete", "gaps", "notes")
+    return {
+        path: {key: report[key] for key in wanted if key in report}
+        for path, report in reports.items()
+    }
+
+
+def _shared_out(
+    sink: TensorSink, infos: dict[int, RunInfo], entries: list[Entry]
+) -> Iterable[tuple[TensorSink, RunInfo, list[Entry]]]:
+    """Which sink gets which records, in order of execution."""
+    ordered = sorted(entries, key=lambda e: (e.record.at.step, e.record.seq, e.record.at.rank))
+    if not isinstance(sink, RunDirectorySink):
+        return [(sink, infos[min(infos)], ordered)]
+    # A run directory's sink writes one rank; its unopened twins have the same options.
+    return [
+        (copy(sink), info, [entry for entry in ordered if entry.record.at.rank == rank])
+        for rank, info in infos.items()
+    ]
+
+
+def _fill(
+    sink: TensorSink,
+    info: RunInfo,
+    entries: list[Entry],
+    told: Mapping[Path, Mapping[str, Any]],
+    progress: Progress,
+    done: int,
+) -> int:
+    """Write the records into one sink; returns how many there are now."""
+    coverage, steps = Coverage(), 0
+    sink.open(info)
+    try:
+        for step, some in groupby(entries, key=lambda entry: entry.record.at.step):
+            for entry in some:
+                sink.write(*load(entry.path, entry.record))
+                coverage.captured(str(entry.record.name))
+                if entry.old is not None:
+                    coverage.note(entry.record.name.module, _UNPAIRED)
+                progress(done := done + 1)
+            sink.end_step(step)
+            steps += 1
+        if isinstance(sink, CoverageSink):
+            sink.cover(merge_coverage({Path(): coverage.report(steps=steps), **told}))
+    except BaseException as failure:
+        if isinstance(sink, RunDirectorySink):
+            sink.mark_incomplete(f"the import stopped: {failure}")
+        raise
+    finally:
+        sink.close()
+    return done
