@@ -6,14 +6,18 @@ never does.
 
 What runs with it, over gloo: tensor, sequence, pipeline, data and expert parallelism, the pipeline
 schedules, DistributedDataParallel with `main_grad`, Megatron's optimizers, distributed checkpoints.
-Context parallelism runs with `GatheredAttention` below, because Megatron's own needs Transformer
-Engine. What does not run: Transformer Engine, Apex, CUDA graphs, side streams.
+Context parallelism, for which Megatron needs Transformer Engine, runs with keys and values gathered
+along the sequence. What does not run: Transformer Engine, Apex, CUDA graphs.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import multiprocessing
+import os
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 from typing import Any
@@ -75,14 +79,12 @@ def _patch_torch(undo: ExitStack) -> None:
 
 def _patch_megatron(undo: ExitStack) -> None:
     import torch._dynamo
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.dot_product_attention import DotProductAttention as Attention
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
-    if not hasattr(moe_utils, "te_general_gemm"):
-        # Megatron 0.16 asks whether this is None, but defines it only with Transformer Engine.
-        _replace(undo, moe_utils, "te_general_gemm", None)
-    _replace(undo, token_dispatcher, "maybe_move_tensor_to_cpu", _as_splits)
     # Megatron hands small functions to torch.compile; a C++ compiler is not worth asking for.
     _replace(undo, torch._dynamo.config, "disable", True)
     _replace(undo, random, "_get_cuda_rng_state", lambda *a, **options: torch.get_rng_state())
@@ -90,6 +92,59 @@ def _patch_megatron(undo: ExitStack) -> None:
     _replace(undo, random.CudaRNGStatesTracker, "add", _add_seed)
     _replace(undo, random.CudaRNGStatesTracker, "fork", contextlib.contextmanager(_fork))
     _replace(undo, WrappedTorchNorm, "__new__", staticmethod(_norm(WrappedTorchNorm.__new__)))
+    _replace(undo, Attention, "__init__", _accept_context_parallelism(Attention.__init__))
+    _replace(undo, Attention, "forward", _gather_keys(Attention.forward))
+    _replace(undo, token_dispatcher, "maybe_move_tensor_to_cpu", _as_splits)
+    if not hasattr(moe_utils, "te_general_gemm"):
+        # Megatron 0.16 asks whether this is None, but defines it only with Transformer Engine.
+        _replace(undo, moe_utils, "te_general_gemm", None)
+    if not filesystem_async.HAVE_PSUTIL:
+        # Only logged, and only for debugging, but a checkpoint is refused without it.
+        _replace(undo, filesystem_async, "_process_memory", lambda: 0)
+
+
+def _accept_context_parallelism(build: Callable[..., None]) -> Callable[..., None]:
+    def init(attention: Any, config: Any, *args: Any, **options: Any) -> None:
+        local = copy.copy(config)
+        local.context_parallel_size = 1
+        build(attention, local, *args, **options)
+        attention.config = config
+
+    return init
+
+
+def _gather_keys(attend: Callable[..., Any]) -> Callable[..., Any]:
+    """Queries `[s / cp, b, h, d]` stay where they are; keys and values become `[s, b, h, d]`."""
+    from megatron.core.parallel_state import get_context_parallel_group
+    from megatron.core.tensor_parallel import gather_from_sequence_parallel_region as gather
+
+    def forward(
+        attention: Any,
+        query: Any,
+        key: Any,
+        value: Any,
+        mask: Any = None,
+        *args: Any,
+        **options: Any,
+    ) -> Any:
+        if attention.config.context_parallel_size > 1:
+            group = get_context_parallel_group()
+            key, value = gather(key, group=group), gather(value, group=group)
+            positions = _positions(len(key), group.size())
+            mine = positions.chunk(group.size())[group.rank()]
+            mask = (mine[:, None] < positions[None, :])[None, None]
+        return attend(attention, query, key, value, mask, *args, **options)
+
+    return forward
+
+
+def _positions(length: int, ranks: int) -> torch.Tensor:
+    """The positions of all ranks' tokens, one rank after the other.
+
+    Rank r of n holds the chunks r and 2n - 1 - r of 2n, so that all ranks work equally.
+    """
+    chunks = torch.arange(length).chunk(2 * ranks)
+    return torch.cat([chunk for r in range(ranks) for chunk in (chunks[r], chunks[-1 - r])])
 
 
 def _as_splits(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
@@ -167,38 +222,13 @@ def _is_cuda(device: Any) -> bool:
     return isinstance(device, (str, torch.device)) and str(device).startswith("cuda")
 
 
-def gathered_attention() -> type:
-    """A core attention for context parallelism without Transformer Engine.
-
-    Queries `[s / cp, b, h, d]` stay where they are, keys and values are gathered to `[s, b, h, d]`.
-    Rank r of n holds the chunks r and 2n - 1 - r of the sequence, so that all work equally.
-    """
-    from megatron.core.parallel_state import get_context_parallel_group
-    from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-    from megatron.core.transformer.dot_product_attention import DotProductAttention
-
-    class GatheredAttention(DotProductAttention):
-        def __init__(self, config: Any, *args: Any, **options: Any) -> None:
-            local = copy.copy(config)
-            local.context_parallel_size = 1
-            super().__init__(local, *args, **options)
-
-        def forward(
-            self, query: Any, key: Any, value: Any, attention_mask: Any = None, **options: Any
-        ) -> Any:
-            group = get_context_parallel_group()
-            key, value = (
-                gather_from_sequence_parallel_region(t, group=group) for t in (key, value)
-            )
-            positions = _positions(len(key), group.size())
-            mine = positions.chunk(group.size())[group.rank()]
-            mask = mine[:, None] < positions[None, :]
-            return super().forward(query, key, value, mask[None, None], **options)
-
-    return GatheredAttention
-
-
-def _positions(length: int, ranks: int) -> torch.Tensor:
-    """The positions of all ranks' tokens, one rank after the other."""
-    chunks = torch.arange(length).chunk(2 * ranks)
-    return torch.cat([chunk for r in range(ranks) for chunk in (chunks[r], chunks[-1 - r])])
+def leave() -> None:
+    """End this process after `torch.distributed`: gloo's threads may abort a normal exit."""
+    torch.distributed.barrier()
+    for child in multiprocessing.active_children():
+        # Megatron's checkpoint keeps a server that a hard exit would leave behind.
+        child.terminate()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    time.sleep(0.5)  # The other ranks may still be inside the barrier.
+    os._exit(0)
