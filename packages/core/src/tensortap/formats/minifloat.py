@@ -27,6 +27,8 @@ class Element:
     max: float
     emax: int
     """Exponent of the largest value."""
+    dtype: torch.dtype | None = None
+    """Torch's own, with the same codes."""
 
     @property
     def bits(self) -> int:
@@ -50,8 +52,8 @@ class Element:
         return 2.0 ** (self.emin - self.mantissa_bits)
 
 
-E4M3 = Element("e4m3", 4, 3, 448.0, 8)
-E5M2 = Element("e5m2", 5, 2, 57344.0, 15)
+E4M3 = Element("e4m3", 4, 3, 448.0, 8, torch.float8_e4m3fn)
+E5M2 = Element("e5m2", 5, 2, 57344.0, 15, torch.float8_e5m2)
 E3M2 = Element("e3m2", 3, 2, 28.0, 4)
 E2M3 = Element("e2m3", 2, 3, 7.5, 2)
 E2M1 = Element("e2m1", 2, 1, 6.0, 2)
@@ -65,21 +67,22 @@ def round_even(x: torch.Tensor, element: Element) -> torch.Tensor:
 def round_to(x: torch.Tensor, emin: int, mantissa_bits: int, limit: float) -> torch.Tensor:
     """Round float32 or float64 to `mantissa_bits`, subnormal below 2^`emin`; clamp to `limit`.
 
-    Adding and subtracting a power of two whose last place is the grid's spacing makes the
-    processor round: once, to nearest, ties to even.
+    Adding and subtracting 1.5 times a power of two, so large that its last place is the grid's
+    spacing, makes the processor round: once, to nearest, ties to even. NaN stays NaN.
     """
     integer, mantissa, bias = LAYOUT[x.dtype]
     clamped = x.clamp(-limit, limit)
-    anchor = clamped.abs().view(integer)
-    anchor.bitwise_right_shift_(mantissa).clamp_(min=emin + bias)
-    anchor.add_(mantissa - mantissa_bits).bitwise_left_shift_(mantissa)
+    one = 1 << mantissa
+    anchor = clamped.view(integer) & ((2 * bias + 1) * one)
+    anchor.clamp_(min=(emin + bias) * one).add_((mantissa - mantissa_bits) * one + one // 2)
     large = anchor.view(x.dtype)
-    rounded = clamped.abs().add_(large).sub_(large)
-    return torch.where(clamped.isnan(), clamped, rounded.copysign_(clamped))
+    return (clamped + large).sub_(large).copysign_(clamped)
 
 
 def encode(values: torch.Tensor, element: Element) -> torch.Tensor:
     """Codes (uint8) of float32 values that lie on the grid."""
+    if element.dtype is not None:
+        return values.to(element.dtype).view(torch.uint8)
     bits = values.view(torch.int32)
     sign = (bits >> 31) & 1
     magnitude = bits & 0x7FFFFFFF
@@ -91,7 +94,9 @@ def encode(values: torch.Tensor, element: Element) -> torch.Tensor:
 
 
 def decode(codes: torch.Tensor, element: Element) -> torch.Tensor:
-    """Values (float32) of codes (uint8) that stand for finite values."""
+    """Values (float32) of codes (uint8)."""
+    if element.dtype is not None:
+        return codes.view(element.dtype).to(torch.float32)
     code = codes.to(torch.int32)
     magnitude = code & ((1 << (element.bits - 1)) - 1)
     rebiased = magnitude + ((127 - element.bias) << element.mantissa_bits)

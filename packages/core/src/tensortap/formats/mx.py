@@ -14,12 +14,11 @@ import torch
 
 from tensortap.formats import blocks, compiled
 from tensortap.formats.codec import Quantized, check_format, compact, resolve_axis, working
-from tensortap.formats.minifloat import E4M3, E5M2, LAYOUT, Element, decode, encode, round_even
+from tensortap.formats.minifloat import LAYOUT, Element, decode, encode, round_even
 from tensortap.records import FormatInfo
 
 BLOCK = 32
 NAN_SCALE = 255
-_CODE_DTYPES = {E4M3.name: torch.float8_e4m3fn, E5M2.name: torch.float8_e5m2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +42,7 @@ class MX:
         on_grid = torch.where(scales == NAN_SCALE, torch.zeros_like(on_grid), on_grid)
         codes = encode(on_grid.to(torch.float32), self.element)
         codes = blocks.join(codes, axis, tuple(x.shape))
-        codes = codes.view(_CODE_DTYPES.get(self.element.name, torch.uint8))
+        codes = codes.view(self.element.dtype or torch.uint8)
         stored = scales.squeeze(axis + 1).to(torch.uint8)
         return Quantized(self.name, codes, stored, axis, tuple(x.shape), x.dtype)
 
