@@ -1,8 +1,12 @@
-"""tensortap for Megatron-LM. Nothing works here yet: installing it adds no integration.
+"""tensortap for Megatron-core: sharded names and placements, and quantised training.
 
-Planned: canonical names and placements of tensor-, pipeline-, context- and expert-parallel
-models, taps inside linear layers and the attention core, and `quantize(model, format)`. Until
-then `tensortap.attach` takes a Megatron model under its native names, one rank at a time.
+`tensortap.attach(model)` finds this package by itself. `quantize` trains in a number format,
+`MegatronPtSink` writes one file a tensor under the names of older tools.
 """
+
+from tensortap_megatron.layout import MegatronPtSink
+from tensortap_megatron.quantization import quantize
+
+__all__ = ["MegatronPtSink", "__version__", "quantize"]
 
 __version__ = "0.1.0"

@@ -1,0 +1,199 @@
+"""Axes of the activations of every kind of module, and how ranks share them.
+
+Megatron keeps activations as [seq, batch, hidden].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from tensortap_megatron import parameters, parts
+from tensortap_megatron.facts import Facts
+from tensortap_megatron.naming import Named
+from tensortap_megatron.placements import Axis, Plan, Plans
+from tensortap_megatron.shards import Cut, shared, split, whole
+
+BATCH = Axis("batch")
+_TOKENS = Plan((), unknown=True)
+
+
+def plans(named: Named, facts: Facts) -> Plans:
+    """Tensors seen at a module -> their plans; empty for modules nothing is known of."""
+    if _in_expert(named.name):
+        return {"input": _TOKENS, "output": _TOKENS, "tokens_per_expert": _TOKENS}
+    kind = _KINDS.get(named.word, _by_class)
+    return kind(named, facts)
+
+
+def _in_expert(name: str) -> bool:
+    return "experts" in name.split(".")
+
+
+def _seq(cut: Cut) -> Axis:
+    return Axis("seq", cut)
+
+
+def _hidden(facts: Facts) -> Plan:
+    """A tensor of the residual stream."""
+    return Plan((_seq(facts.residual), BATCH, Axis("hidden")))
+
+
+def _residual(named: Named, facts: Facts) -> Plans:
+    hidden = _hidden(facts)
+    return {"input": hidden, "output": hidden}
+
+
+def _tokens(named: Named, facts: Facts) -> Plans:
+    """The embedding: [batch, seq] to [batch, seq, hidden], or at once to the residual stream."""
+    tokens = Plan((BATCH, _seq(facts.inner)))
+    if getattr(named.module, "reduce_scatter_embeddings", False):
+        return {"input": tokens, "output": _hidden(facts)}
+    return {"input": tokens, "output": Plan((BATCH, _seq(facts.inner), Axis("hidden")))}
+
+
+def _root(named: Named, facts: Facts) -> Plans:
+    """The whole model: token ids in, logits or the loss of each token out."""
+    tokens = Plan((BATCH, _seq(facts.inner)))
+    inputs = dict.fromkeys(("input", "input.1", *_TOKEN_ARGUMENTS), tokens)
+    logits = Plan((BATCH, _seq(facts.inner), _vocab(facts)))
+    return {**inputs, "output": tokens, "logits": logits}
+
+
+_TOKEN_ARGUMENTS = ("input.position_ids", "input.labels", "input.loss_mask")
+
+
+def _vocab(facts: Facts, *, gathered: bool = False) -> Axis:
+    return Axis("vocab", whole if gathered else facts.over_tensor, facts.vocabulary)
+
+
+def linear(named: Named, facts: Facts) -> Plans:
+    """A column- or row-parallel linear layer, by its class.
+
+    `…_quantized` are operands of the product itself, where sequence parallelism has gathered.
+    """
+    if parts.row_parallel(named.module):
+        inner = Axis(_inner_word(named), facts.over_tensor)
+        into = Plan((_seq(facts.inner), BATCH, inner))
+        outof, product = _hidden(facts), Plan((_seq(facts.inner), BATCH, Axis("hidden")))
+        quantized = {"input_quantized": into, "output_quantized": product}
+    else:
+        into = _hidden(facts)
+        outof = _column_output(named, facts)
+        product = Plan((_seq(facts.inner), BATCH, Axis("hidden")))
+        quantized = {"input_quantized": product, "output_quantized": replace(outof, parts=())}
+    weight = parameters.weight(named, facts)
+    return {
+        "input": replace(into, also=parts.of_input(named)),
+        "weight": weight,
+        "input_local": into,
+        "output": outof,
+        **quantized,
+    }
+
+
+def _column_output(named: Named, facts: Facts) -> Plan:
+    gathered = bool(getattr(named.module, "gather_output", False))
+    if named.word == "lm_head":
+        return Plan((_seq(facts.inner), BATCH, _vocab(facts, gathered=gathered)))
+    cut = whole if gathered else parts.column_cut(named, facts)
+    axis = Axis(_outer_word(named), cut)
+    return Plan((_seq(facts.inner), BATCH, axis), parts.of_output(named, facts, axis=2))
+
+
+def _inner_word(named: Named) -> str:
+    return {"attn.out": "(head dim)", "mlp.down": "ffn"}.get(named.word, "channel")
+
+
+def _outer_word(named: Named) -> str:
+    if named.word.startswith("attn."):
+        return "(head dim)"
+    return "ffn" if ".up" in named.word or ".gate_up" in named.word else "channel"
+
+
+def _attention(named: Named, facts: Facts) -> Plans:
+    """Query, key and value as the core gets them: [seq, batch, head, dim]."""
+    query = _heads(facts, split(facts.tp))
+    keys = replace(_heads(facts, _groups(facts)), partial_gradient=_key_sum(facts))
+    context = Plan((_seq(facts.inner), BATCH, Axis("(head dim)", facts.over_tensor)))
+    probs = Plan((BATCH, Axis("head", facts.over_tensor), _seq(facts.inner), Axis("key")))
+    found = {"query": query, "key": keys, "value": keys, "context": context, "probs": probs}
+    repeated = dict.fromkeys(("key_quantized", "value_quantized"), query)
+    return {**found, **repeated, "query_quantized": query, "probs_quantized": probs}
+
+
+def _heads(facts: Facts, cut: Cut) -> Plan:
+    return Plan((_seq(facts.inner), BATCH, Axis("head", cut), Axis("dim")))
+
+
+def _groups(facts: Facts) -> Cut:
+    """Heads of keys: split, or with fewer of them than ranks shared by ranks in a row."""
+    groups = int(getattr(facts.config, "num_query_groups", None) or facts.tp.size)
+    return split(facts.tp) if groups >= facts.tp.size else shared(facts.tp, groups)
+
+
+def _key_sum(facts: Facts) -> tuple[str, ...]:
+    """Ranks that share a key head have the gradient of their own queries only."""
+    groups = int(getattr(facts.config, "num_query_groups", None) or facts.tp.size)
+    return ("tp",) if groups < facts.tp.size else ()
+
+
+def _query_norm(named: Named, facts: Facts) -> Plans:
+    heads = _heads(facts, split(facts.tp))
+    return {"input": heads, "output": heads}
+
+
+def _key_norm(named: Named, facts: Facts) -> Plans:
+    heads = replace(_heads(facts, _groups(facts)), partial_gradient=_key_sum(facts))
+    return {"input": heads, "output": heads}
+
+
+def _router(named: Named, facts: Facts) -> Plans:
+    """Probabilities and routing map of all tokens of this rank: [(seq batch), expert]."""
+    if facts.parallel["cp"].size > 1:
+        return {"input": _hidden(facts)}
+    cut = split(facts.tp) if facts.sequence_parallel else whole
+    routed = Plan((Axis("(seq batch)", cut), Axis("expert")))
+    return {"input": _hidden(facts), "output": routed, "output.1": routed}
+
+
+def _rotary(named: Named, facts: Facts) -> Plans:
+    axes = (_seq(facts.inner), Axis("one"), Axis("one"), Axis("dim"))
+    return {"output": Plan(axes)}
+
+
+def _by_class(named: Named, facts: Facts) -> Plans:
+    if parts.is_linear(named.module):
+        return linear(named, facts)
+    if named.native.endswith("rotary_pos_emb"):
+        return _rotary(named, facts)
+    return {}
+
+
+_KINDS: Mapping[str, Callable[[Named, Facts], Plans]] = {
+    "root": _root,
+    "embed": _tokens,
+    "attn.core": _attention,
+    "cross_attn.core": _attention,
+    "attn.q_norm": _query_norm,
+    "attn.k_norm": _key_norm,
+    "mlp.router": _router,
+    **dict.fromkeys(
+        (
+            "decoder",
+            "embedding",
+            "layer",
+            "input_norm",
+            "attn",
+            "cross_attn",
+            "cross_attn_norm",
+            "post_attn_norm",
+            "mlp",
+            "mlp.shared_expert",
+            "mixer",
+            "norm",
+            "final_norm",
+        ),
+        _residual,
+    ),
+}

@@ -1,0 +1,26 @@
+"""Where Megatron accumulates the gradient of a parameter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def accumulated(parameter: nn.Parameter) -> torch.Tensor | None:
+    """The gradient so far in this step, as `main_grad` will hold it.
+
+    Called right after torch accumulated into `.grad`, which is before Megatron's
+    DistributedDataParallel adds that to `main_grad` and begins to reduce over the ranks. A fused
+    weight gradient is in `main_grad` already, and `.grad` is a placeholder.
+    """
+    found: Any = parameter
+    main, fresh = getattr(found, "main_grad", None), found.grad
+    if main is None or fresh is None:
+        return fresh if main is None else main
+    fused = getattr(found, "grad_added_to_main_grad", False)
+    if fused and not getattr(found, "zero_out_wgrad", False):
+        return main
+    total: torch.Tensor = (main + fresh).to(main.dtype)
+    return total

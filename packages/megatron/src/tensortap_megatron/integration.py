@@ -1,0 +1,263 @@
+"""The integration for Megatron-core, found through the entry point `megatron.core`."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from tensortap.integration import Observer, Site
+from tensortap.undo import Undo
+from tensortap_megatron import (
+    activations,
+    elsewhere,
+    experts,
+    linears,
+    operands,
+    optimizer,
+    parameters,
+    parts,
+)
+from tensortap_megatron.facts import Facts
+from tensortap_megatron.gradients import accumulated
+from tensortap_megatron.naming import Named, modules
+from tensortap_megatron.placements import Plan, SitePlans
+from tensortap_megatron.quantization import format_of
+
+TESTED = ("0.14", "0.17")
+"""The megatron-core versions that are supported: from the first, below the second."""
+
+_CORES = ("DotProductAttention", "TEDotProductAttention")
+_CORE_WORDS = {
+    "input": "query",
+    "input.query": "query",
+    "input.1": "key",
+    "input.key": "key",
+    "input.2": "value",
+    "input.value": "value",
+    "output": "context",
+}
+_QUANTIZED = ("query_quantized", "key_quantized", "probs_quantized", "value_quantized")
+_NO_PROBS = "attention is computed without its probabilities; use the local layer spec"
+
+
+class Megatron:
+    """Names, places and taps Megatron-core models; anything that holds one is served."""
+
+    name = "megatron"
+    precedence = 20
+
+    def refuse(self, model: nn.Module) -> str | None:
+        """No Megatron module in it, or a megatron-core older than is supported."""
+        library = sys.modules.get("megatron.core.transformer.module")
+        if library is None or not any(
+            isinstance(m, library.MegatronModule) for m in model.modules()
+        ):
+            return f"{type(model).__name__} holds no Megatron-core module."
+        if _version(_installed()) < _version(TESTED[0]):
+            return (
+                f"megatron-core {_installed()} found; {TESTED[0]} to 0.16 are supported. "
+                "Update it, or capture under native names with using='native'."
+            )
+        return None
+
+    def sites(self, model: nn.Module) -> Sequence[Site]:
+        """Every module under its canonical name, and what hooks on it cannot see."""
+        facts = Facts.of(model)
+        return [site for named in modules(model) for site in _sites(named, facts)]
+
+    def elsewhere(self, model: nn.Module) -> Sequence[str]:
+        """Names on other pipeline stages and expert ranks, from the model's global sizes."""
+        return elsewhere.names(self.sites(model), Facts.of(model))
+
+    def install(
+        self, model: nn.Module, sites: Sequence[Site], observer: Observer, undo: Undo
+    ) -> None:
+        """Watch products, routing and the optimizer for the sites that are wanted."""
+        for site in sites:
+            if site.kind == "function" and observer.wants(site):
+                _install(site, observer, undo)
+            elif site.name.endswith(".core") and type(site.module).__name__ == _CORES[1]:
+                observer.note(f"{site.name}/forward/probs", _NO_PROBS)
+        optimizer.watch(model, observer.end_step, undo)
+        if _version(_installed()) >= _version(TESTED[1]):
+            observer.note("root", f"megatron-core {_installed()} is newer than was tested")
+
+    def describe(self, model: nn.Module) -> Mapping[str, Any]:
+        """Configuration, process groups, the active fake quantisation, and versions."""
+        facts = Facts.of(model)
+        return {
+            "model_config": _plain(facts.config),
+            "parallel": facts.parallel.described(),
+            "format": format_of(model),
+            "versions": _versions(),
+        }
+
+
+integration = Megatron()
+
+
+def _sites(named: Named, facts: Facts) -> Iterator[Site]:
+    """The sites of one module."""
+    plans = SitePlans(activations.plans(named, facts), parameters.plans(named, facts))
+    rule = plans.rule(spread=facts.parallel.spread)
+    words: Mapping[str, str | None] = _words(named, facts)
+
+    def site(native: str, tensors: Sequence[str], **more: Any) -> Site:
+        fields = {"dims": plans.dims, "placement": rule, "gradient": accumulated, **more}
+        return Site(
+            fields.pop("name", named.name), native, named.module, tensors=tuple(tensors), **fields
+        )
+
+    yield site(named.native, _tensors(words), words=words, silent=_silent(named))
+    if parts.has_norm(named.module):
+        yield _fused_norm(named, facts)
+    if parts.is_linear(named.module) and not parts.has_norm(named.module):
+        native = f"{named.native}:product"
+        yield site(native, linears.TENSORS, kind="function", backward=linears.BACKWARD)
+    if named.word.endswith(".core"):
+        yield from _core_sites(named, site)
+    if experts.dispatcher_of(named.module) is not None:
+        yield _routing(named)
+    if facts.tied and facts.last_stage and not facts.first_stage and named.word == "lm_head":
+        yield _tied(named, facts)
+
+
+def _tensors(words: Mapping[str, str | None]) -> list[str]:
+    """What a module's hooks yield, in our words."""
+    found = [words.get("input", "input"), words.get("input.1"), words.get("input.2")]
+    return [word for word in (*found, words.get("output", "output")) if word is not None]
+
+
+def _words(named: Named, facts: Facts) -> dict[str, str | None]:
+    """What hooks see at a module -> our words for it."""
+    if named.word.endswith(".core"):
+        return dict(_CORE_WORDS)
+    if named.word == "layer":
+        return {"input.hidden_states": "input"}
+    if named.word in ("root", "decoder") and not facts.last_stage:
+        # A stage hands on what its last layer returns; under one name it would meet the loss.
+        return {"output": None}
+    if parts.has_norm(named.module):
+        return {"input": None, "output.1": None, **dict.fromkeys(_NORM_PARAMETERS)}
+    if parts.is_linear(named.module):
+        tied = facts.tied and not facts.first_stage and named.word == "lm_head"
+        return {"output.1": None, **({"weight": None} if tied else {})}
+    return {}
+
+
+_NORM_PARAMETERS = {"layer_norm_weight": "weight", "layer_norm_bias": "bias"}
+"""What Transformer Engine calls the parameters of a norm that it fused into a linear layer."""
+
+
+def _fused_norm(named: Named, facts: Facts) -> Site:
+    """The norm that runs inside of a linear layer: its input is all of it that can be seen."""
+    parent = named.name.rpartition(".")[0]
+    layer, _, block = parent.rpartition(".")
+    name = f"{layer}.{'input_norm' if block in ('attn', 'mixer') else 'post_attn_norm'}"
+    if block == "mixer":
+        name = f"{layer}.norm"
+    hidden = activations.plans(Named(name, named.native, named.module), facts)
+    plans = SitePlans(hidden, parameters.norm_plans(named, facts, _NORM_PARAMETERS))
+    hidden_words = dict.fromkeys(("output", "output.1", "weight", "bias"))
+    return Site(
+        name,
+        f"{named.native}:norm",
+        named.module,
+        tensors=("input",),
+        dims=plans.dims,
+        placement=plans.rule(spread=facts.parallel.spread),
+        words={**hidden_words, **_NORM_PARAMETERS},
+        gradient=accumulated,
+    )
+
+
+def _silent(named: Named) -> str | None:
+    if named.native.endswith("core_attention.scale_mask_softmax"):
+        return f"superseded by {named.name.rpartition('.')[0]} (probs)"
+    return None
+
+
+def _core_sites(named: Named, site: Any) -> Iterator[Site]:
+    """Attention probabilities, and the operands of quantised attention products."""
+    softmax = getattr(named.module, "scale_mask_softmax", None)
+    if isinstance(softmax, nn.Module):
+        inputs = dict.fromkeys(("input", "input.1", "input.2"))
+        probs = site(f"{named.native}.scale_mask_softmax", ("probs",))
+        yield dataclasses.replace(probs, module=softmax, words={**inputs, "output": "probs"})
+    yield site(f"{named.native}:products", _QUANTIZED, kind="function")
+
+
+def _routing(named: Named) -> Site:
+    """Which tokens the experts of an MoE layer get; hooked at the experts themselves."""
+    return Site(
+        f"{named.name}.experts",
+        f"{named.native}:routing",
+        named.module,
+        kind="function",
+        tensors=experts.TENSORS,
+        dims={"token_index": "token"},
+        placement=SitePlans({"token_index": Plan((), unknown=True)}).rule(spread=True),
+    )
+
+
+def _tied(named: Named, facts: Facts) -> Site:
+    """The last stage's copy of a tied embedding: `embed/param/weight`, as on the first stage."""
+    embed = Named("embed", named.native, named.module)
+    plans = SitePlans({}, {"weight": parameters.tied_plan(embed, facts)})
+    return Site(
+        "embed",
+        f"{named.native}:tied",
+        named.module,
+        tensors=(),
+        dims=plans.dims,
+        placement=plans.rule(spread=False),
+        words=dict.fromkeys(("input", "output", "output.1", "bias")),
+        gradient=accumulated,
+    )
+
+
+def _install(site: Site, observer: Observer, undo: Undo) -> None:
+    if site.tensors == linears.TENSORS:
+        linears.install(site, observer, undo)
+    elif site.tensors == experts.TENSORS:
+        experts.install(site, observer, undo)
+    else:
+        operands.register(site, observer, undo)
+
+
+def _installed() -> str:
+    return str(sys.modules["megatron.core"].__version__)
+
+
+def _version(text: str) -> tuple[int, ...]:
+    """`"0.16.1rc0"` -> `(0, 16)`: patches and candidates count as their release."""
+    return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
+
+
+def _versions() -> dict[str, str]:
+    engine = sys.modules.get("transformer_engine")
+    found = {"megatron-core": _installed()}
+    if engine is not None and hasattr(engine, "__version__"):
+        found["transformer-engine"] = str(engine.__version__)
+    return found
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """A configuration's fields that JSON can hold; functions by their names."""
+    if not dataclasses.is_dataclass(config):
+        return {}
+    values = {field.name: getattr(config, field.name, None) for field in dataclasses.fields(config)}
+    return {name: _simple(value) for name, value in values.items() if value is not None}
+
+
+def _simple(value: Any) -> Any:
+    if isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_simple(item) for item in value]
+    return getattr(value, "__name__", None) or str(value)

@@ -1,0 +1,113 @@
+"""Megatron's parallel linear layers: which way they are split, and what is fused in them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from tensortap.records import Part, Segment
+from tensortap_megatron.facts import Facts
+from tensortap_megatron.naming import Named
+from tensortap_megatron.shards import Cut, fused, split
+
+_COLUMN = frozenset(
+    {
+        "ColumnParallelLinear",
+        "TEColumnParallelLinear",
+        "TELayerNormColumnParallelLinear",
+        "TEColumnParallelGroupedLinear",
+    }
+)
+_ROW = frozenset({"RowParallelLinear", "TERowParallelLinear", "TERowParallelGroupedLinear"})
+_FUSED_NORM = frozenset({"TELayerNormColumnParallelLinear"})
+
+
+def _is_a(module: nn.Module, words: frozenset[str]) -> bool:
+    return any(kind.__name__ in words for kind in type(module).__mro__)
+
+
+def column_parallel(module: nn.Module) -> bool:
+    """Is the weight split along its outputs?"""
+    return _is_a(module, _COLUMN)
+
+
+def row_parallel(module: nn.Module) -> bool:
+    """Is the weight split along its inputs?"""
+    return _is_a(module, _ROW)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Is it one of Megatron's parallel linear layers, its own or Transformer Engine's?"""
+    return column_parallel(module) or row_parallel(module)
+
+
+def has_norm(module: nn.Module) -> bool:
+    """Does Transformer Engine normalise inside of this linear layer?"""
+    return _is_a(module, _FUSED_NORM)
+
+
+def column_cut(named: Named, facts: Facts) -> Cut:
+    """How ranks share the outputs of a column-parallel layer."""
+    if named.word.endswith(".gate_up"):
+        return fused(facts.tp, (1, 1))
+    if named.word == "mixer.in_proj":
+        return fused(facts.tp, mixer_shares(facts.config))
+    return split(facts.tp)
+
+
+def mixer_shares(config: object) -> Sequence[int]:
+    """Sizes of z, x, B, C and dt in the input projection of a Mamba mixer."""
+    heads = _number(config, "mamba_num_heads") or (
+        2 * _number(config, "hidden_size") // _number(config, "mamba_head_dim")
+    )
+    inner = heads * _number(config, "mamba_head_dim")
+    state = _number(config, "mamba_num_groups") * _number(config, "mamba_state_dim")
+    return (inner, inner, state, state, heads)
+
+
+def _number(config: object, word: str) -> int:
+    return int(getattr(config, word, None) or 0)
+
+
+def of_output(named: Named, facts: Facts, axis: int) -> tuple[Part, ...]:
+    """What the outputs of a fused layer are; `axis` is that of the outputs."""
+    parent, _, word = named.name.rpartition(".")
+    if word == "qkv":
+        stretches = _grouped(facts.config)
+        return tuple(Part(f"{parent}.{key}", axis, held) for key, held in stretches.items())
+    if word == "gate_up":
+        half = _number(facts.config, _width_word(named))
+        stretches = {"gate": ((0, half),), "up": ((half, half),)}
+        return tuple(Part(f"{parent}.{key}", axis, held) for key, held in stretches.items())
+    return ()
+
+
+def _width_word(named: Named) -> str:
+    if "experts" in named.name.split("."):
+        return "moe_ffn_hidden_size"
+    if "shared_expert" in named.name.split("."):
+        return "moe_shared_expert_intermediate_size"
+    return "ffn_hidden_size"
+
+
+def _grouped(config: object) -> dict[str, tuple[Segment, ...]]:
+    """For each group its query heads, their gates where there are any, one key, one value head."""
+    groups, dim = _number(config, "num_query_groups"), _number(config, "kv_channels")
+    queries = _number(config, "num_attention_heads") // groups * dim
+    widths = {"q": queries, "k": dim, "v": dim}
+    if getattr(config, "attention_output_gate", False):
+        widths = {"q": queries, "gate": queries, "k": dim, "v": dim}
+    stride, start = sum(widths.values()), 0
+    found = {}
+    for word, width in widths.items():
+        found[word] = tuple((start + group * stride, width) for group in range(groups))
+        start += width
+    return found
+
+
+def of_input(named: Named) -> tuple[str, ...]:
+    """The modules that a fused layer stands for: its input is the input of each."""
+    parent, _, word = named.name.rpartition(".")
+    words = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}.get(word, ())
+    return tuple(f"{parent}.{part}" for part in words)
