@@ -5,6 +5,8 @@ from __future__ import annotations
 import glob
 import json
 import os
+import random
+import shutil
 from collections import Counter
 from dataclasses import replace
 
@@ -277,6 +279,14 @@ def test_ranks_of_different_runs_are_not_mixed(tmp_path):
         MEGATRON_PT.load(tmp_path / "one-old", MemorySink(), print)
 
 
+def test_two_folders_of_one_rank_are_an_error(tmp_path):
+    run = rich_run(tmp_path / "run")
+    MEGATRON_PT.export(tensortap.open_run(run), tmp_path / "old", "embed*", print)
+    shutil.copytree(tmp_path / "old", tmp_path / "old" / "rank00001")
+    with pytest.raises(RunError, match="says it is of rank 0, as another does"):
+        MEGATRON_PT.load(tmp_path / "old", MemorySink(), print)
+
+
 def bare_folder(path, names):
     path.mkdir()
     tensors = []
@@ -375,6 +385,21 @@ def test_bare_files_follow_each_other_by_timestamp_and_counter(tmp_path):
     assert [payload.item() for payload in sink.payloads] == [2.0, 1.0, 0.0]
 
 
+def test_ranks_and_iterations_in_the_names_of_later_versions_are_coordinates(tmp_path):
+    (tmp_path / "old").mkdir()
+    for rank in (0, 1):
+        name = f"20250908_092156_0001_iter004_linear_L1_forward_pre_linear_hifp8_rank0{rank}_input"
+        torch.save(torch.full((2,), float(rank)), tmp_path / "old" / f"{name}.pt")
+    MEGATRON_PT.load(
+        tmp_path / "old", tensortap.RunDirectorySink(tmp_path / "b"), lambda done: None
+    )
+    run = tensortap.open_run(tmp_path / "b")
+    assert (run.ranks, run.steps, run.complete) == ([0, 1], [4], True)
+    for rank in (0, 1):
+        found = run.tensor("layers.1.linear/forward/input", step=4, rank=rank)
+        assert found.tolist() == [rank, rank]
+
+
 class Evil:
     def __reduce__(self):
         return print, ("hacked",)
@@ -407,6 +432,19 @@ def relabelled(path):
     torch.save(content, path)
 
 
+def misnamed(path):
+    flipped(path)
+    content = load(next((path.parent / "e").glob("*.pt")))
+    content["metadata"]["name"] = "b/forward/x"
+    torch.save(content, path)
+
+
+def headless(path):
+    flipped(path)
+    content = load(next((path.parent / "e").glob("*.pt")))
+    torch.save({key: content[key] for key in ("tensor", "tensor_info")}, path)
+
+
 def newer(path):
     torch.save({"tensor": torch.ones(1), "metadata": {"tensortap": 2}}, path)
 
@@ -424,6 +462,8 @@ def endless(path):
         (truncated, "cannot be imported"),
         (flipped, "its checksum differs"),
         (relabelled, "its tensor is float16 (500,), its metadata says float32 (500,)"),
+        (misnamed, "its checksum differs"),
+        (headless, "its metadata is missing"),
         (newer, "its metadata has version 2"),
         (endless, "cannot be imported"),
         (lambda path: torch.save({"weights": [1]}, path), "it holds no tensor"),
@@ -447,6 +487,40 @@ def test_a_file_that_cannot_be_served_is_named_and_no_code_of_it_runs(cli, tmp_p
         assert not tensortap.open_run(tmp_path / "b").complete
 
 
+def test_a_damaged_file_is_refused_or_gives_exactly_what_was_written(tmp_path):
+    tensor = torch.randn(20, 3, dtype=torch.bfloat16)
+    made = record("layers.0.attn.q/forward/output", tensor, dims="seq hidden", stats=statistics())
+    run = tensortap.open_run(write_run(tmp_path / "run", [(made, tensor)]))
+    MEGATRON_PT.export(run, tmp_path / "old", "*", lambda done: None)
+    [file] = (tmp_path / "old").glob("*.pt")
+    data, rng, refused = file.read_bytes(), random.Random(0), []
+    for _ in range(300):
+        damaged = bytearray(data)
+        for _ in range(rng.choice([1, 1, 3])):
+            damaged[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        file.write_bytes(damaged[: rng.choice([len(data), rng.randrange(len(data))])])
+        sink = MemorySink()
+        try:
+            MEGATRON_PT.load(tmp_path / "old", sink, lambda done: None)
+        except RunError as failure:
+            refused.append(str(failure))
+        else:
+            assert sink.records == [made]
+            assert same_bits(sink.payloads[0], tensor)
+    assert 150 < len(refused) < 300
+    assert all(file.name in reason for reason in refused)
+
+
+def test_notes_that_a_script_adds_to_the_metadata_do_no_harm(tmp_path):
+    run = rich_run(tmp_path / "run")
+    MEGATRON_PT.export(tensortap.open_run(run), tmp_path / "old", "embed*", lambda done: None)
+    [file] = (tmp_path / "old").glob("*.pt")
+    content = load(file)
+    content["metadata"]["seen_by"] = "me"
+    torch.save(content, file)
+    assert MEGATRON_PT.load(tmp_path / "old", MemorySink(), lambda done: None).records == 1
+
+
 def test_a_name_that_says_nothing_is_an_error_unless_the_file_says_it_all(tmp_path):
     run = rich_run(tmp_path / "run")
     MEGATRON_PT.export(tensortap.open_run(run), tmp_path / "old", "embed*", lambda done: None)
@@ -465,6 +539,10 @@ def test_a_folder_without_files_and_no_folder_at_all_are_errors(tmp_path):
         MEGATRON_PT.load(tmp_path, MemorySink(), lambda done: None)
     with pytest.raises(RunError, match="There is no folder"):
         MEGATRON_PT.load(tmp_path / "none", MemorySink(), lambda done: None)
+    (tmp_path / "hifp8").mkdir()
+    good(tmp_path / "hifp8" / (STEM.format(1, "linear_L0_forward_hifp8_input") + ".pt"))
+    with pytest.raises(RunError, match="import its subfolders one by one: hifp8"):
+        MEGATRON_PT.load(tmp_path, MemorySink(), lambda done: None)
 
 
 def test_an_existing_folder_is_not_exported_into(cli, tmp_path):

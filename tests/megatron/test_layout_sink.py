@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import resource
 import subprocess
 import sys
 import threading
@@ -77,12 +76,10 @@ def test_the_sink_and_the_run_directory_hold_the_same(tmp_path):
 
 
 def test_a_capture_of_statistics_alone_is_an_error_and_leaves_nothing(tmp_path):
+    model, sink = Mlp(), MegatronPtSink(tmp_path / "logs")
     with pytest.warns(CaptureWarning, match=r"have no file .*values='full'"):
         with pytest.raises(CaptureError, match="nothing was written"):
-            with tensortap.attach(
-                Mlp(), MegatronPtSink(tmp_path / "logs"), on_error="raise"
-            ) as tap:
-                model = tap._roots[0]
+            with tensortap.attach(model, sink, on_error="raise") as tap:
                 model(torch.randn(3, 8))
                 tap.step()
     assert not (tmp_path / "logs").exists()
@@ -97,9 +94,7 @@ def test_statistics_beside_values_are_gaps_that_are_said(tmp_path):
         tmp_path / "logs", tensortap.RunDirectorySink(tmp_path / "b"), lambda done: None
     )
     gaps = tensortap.open_run(tmp_path / "b").coverage()["gaps"]
-    assert {
-        k: g[k] for g in gaps for k in ("name", "count") if g["name"] == "down/forward/output"
-    } == {"name": "down/forward/output", "count": 1}
+    assert [gap["count"] for gap in gaps if gap["name"] == "down/forward/output"] == [1]
     assert all("statistics only" in gap["reason"] for gap in gaps)
 
 
@@ -124,8 +119,21 @@ def test_ranks_share_a_folder_without_collisions(tmp_path):
     )
     run = tensortap.open_run(tmp_path / "b")
     for rank in range(4):
+        assert run.complete, run.problems
         found = run.tensor("layers.0.attn.q/forward/output", step=7, rank=rank)
         assert found.tolist() == [100.0 * rank + 7] * 4
+
+
+def test_a_rank_that_captured_nothing_is_not_missed_by_the_others(tmp_path):
+    for rank in range(2):
+        sink = MegatronPtSink(tmp_path / "logs")
+        sink.open(info(rank=rank, world_size=2))
+        if rank == 1:
+            sink.write(record("a/forward/x", torch.ones(1), rank=1), torch.ones(1))
+        sink.close()
+    MEGATRON_PT.load(tmp_path / "logs", tensortap.RunDirectorySink(tmp_path / "b"), print)
+    run = tensortap.open_run(tmp_path / "b")
+    assert (run.ranks, run.complete) == ([0, 1], True)
 
 
 def test_a_folder_of_another_run_is_left_alone(tmp_path):
@@ -162,15 +170,44 @@ def test_max_bytes_is_shared_by_the_ranks(tmp_path):
     assert len(list((tmp_path / "logs").glob("*.pt"))) == 1
 
 
-def python(code, *arguments):
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-        "OMP_NUM_THREADS": "1",
-    }
+def python(code, *arguments, **variables):
+    environment = os.environ | variables
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    environment["OMP_NUM_THREADS"] = "1"
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
     )  # fmt: skip
+
+
+TAPPED = """
+import sys, torch, tensortap
+from tests.core.models import Mlp
+from tensortap_megatron.layout import MegatronPtSink
+
+torch.manual_seed(0)
+model = Mlp()
+with tensortap.attach(model, MegatronPtSink(sys.argv[1]), values="full", on_error="raise"):
+    model(torch.full((2, 8), float(sys.argv[2]))).sum().backward()
+"""
+
+
+def test_two_processes_of_one_launch_write_one_folder_that_imports_as_one_run(tmp_path):
+    processes = [
+        python(TAPPED, tmp_path / "logs", rank, RANK=str(rank), WORLD_SIZE="2", MASTER_PORT="1")
+        for rank in range(2)
+    ]
+    for process in processes:
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+    MEGATRON_PT.load(tmp_path / "logs", tensortap.RunDirectorySink(tmp_path / "b"), print)
+    run = tensortap.open_run(tmp_path / "b")
+    assert run.complete, run.problems
+    torch.manual_seed(0)
+    model = Mlp()
+    for rank in range(2):
+        found = run.tensor("up/forward/output", rank=rank)
+        torch.testing.assert_close(found, model.up(torch.full((2, 8), float(rank))).detach())
 
 
 WRITER = """
@@ -198,6 +235,9 @@ def test_killed_at_any_moment_every_file_is_whole(tmp_path):
     assert moved.records >= 8
     for step, payload in enumerate(sink.payloads):
         assert torch.equal(payload, torch.full((300_000,), float(step)))
+    [gap] = sink.coverage["gaps"]
+    assert "the process ended before it wrote its coverage" in gap["reason"]
+    assert not sink.coverage["complete"]
 
 
 FULL = """
@@ -220,9 +260,15 @@ sink.close()
 
 
 def test_a_full_disk_is_an_error_that_names_the_file_and_leaves_no_part_of_it(tmp_path):
-    assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] != 0
     process = python(FULL, tmp_path / "logs")
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert "_0002_a_forward_fp32_x.pt could not be written" in out
-    assert sorted(path.suffix for path in (tmp_path / "logs").iterdir()) == [".json", ".pt"]
+    assert sorted(path.suffix for path in (tmp_path / "logs").iterdir()) == [
+        ".json",
+        ".json",
+        ".pt",
+    ]
+    sink = tensortap.MemorySink()
+    MEGATRON_PT.load(tmp_path / "logs", sink, lambda done: None)
+    assert [gap["name"] for gap in sink.coverage["gaps"]] == ["a/forward/x"]

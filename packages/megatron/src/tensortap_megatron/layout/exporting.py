@@ -17,6 +17,7 @@ from tensortap_megatron.layout.folder import RankFolder
 from tensortap_megatron.layout.sink import BARE, bare_gaps
 
 _DATE = re.compile(r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)")
+_NOTHING_MORE = {"complete": True, "gaps": [], "notes": []}
 
 
 def export(run: Run, out: Path, select: str, progress: Progress) -> Moved:
@@ -39,7 +40,8 @@ def export(run: Run, out: Path, select: str, progress: Progress) -> Moved:
         progress(count)
     skipped = [f"{run.path}: exported as far as it goes, but {p}" for p in run.problems]
     skipped += [f"{name}: {BARE}" for name in bare.elements()]
-    folders[min(folders)].cover(_coverage(run, bare))
+    for rank, folder in folders.items():
+        folder.cover(_coverage(run, bare) if rank == min(folders) else _NOTHING_MORE)
     files = sum(folder.files for folder in folders.values())
     return Moved(files, files, tuple(skipped))
 

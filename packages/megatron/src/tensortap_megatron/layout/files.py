@@ -11,7 +11,8 @@ import os
 import time
 import zipfile
 import zlib
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,17 +91,23 @@ def _metadata(old: OldName, record: TensorRecord, tensor: torch.Tensor) -> dict[
         "layer_idx": old.layer,
         "save_time": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
-    ours = {"tensortap": VERSION, "crc32": zlib.crc32(bytes_of(tensor))}
-    return words | ours | encode_record(replace(record, payload=None))
+    fields = encode_record(replace(record, payload=None))
+    ours = {"tensortap": VERSION, "crc32": _checksum(tensor, fields)}
+    return words | ours | fields
+
+
+def _checksum(tensor: torch.Tensor, fields: Mapping[str, Any]) -> int:
+    """Of the values and the record; keys that somebody adds to the metadata do not count."""
+    return zlib.crc32(json.dumps(fields, sort_keys=True).encode(), zlib.crc32(bytes_of(tensor)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Saved:
-    """One file: its tensor, and where tensortap wrote it the record and the checksum."""
+    """One file: its tensor, and where tensortap wrote it the record and what it is made from."""
 
     tensor: torch.Tensor
     record: TensorRecord | None = None
-    crc32: int | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_file(path: Path) -> Saved:
@@ -117,8 +124,10 @@ def read_file(path: Path) -> Saved:
         tensor, metadata = fields.get("tensor"), fields.get("metadata")
         if not isinstance(tensor, torch.Tensor):
             raise ValueError("it holds no tensor, alone or as the entry 'tensor'")
-        if isinstance(metadata, dict) and "tensortap" in metadata:
-            return Saved(_plain(tensor), _record(metadata), metadata.get("crc32"))
+        if "tensor_info" in fields and not isinstance(metadata, dict):
+            raise ValueError("its metadata is missing")
+        if isinstance(metadata, dict) and ("tensortap" in metadata or "crc32" in metadata):
+            return Saved(_plain(tensor), _record(metadata), metadata)
         return Saved(_plain(tensor))
     except Exception as failure:
         # Whatever a hostile or damaged file makes torch raise, it is this file that is wrong.
@@ -134,8 +143,9 @@ def _broken(path: Path, failure: Exception) -> RunError:
 
 
 def _record(metadata: dict[str, Any]) -> TensorRecord:
-    if metadata["tensortap"] != VERSION:
-        raise ValueError(f"its metadata has version {metadata['tensortap']!r}, not {VERSION}")
+    version = metadata.get("tensortap")
+    if version != VERSION:
+        raise ValueError(f"its metadata has version {version!r}, this reader knows {VERSION}")
     return decode_record(json.loads(json.dumps(metadata)))  # Tuples become the lists of a line.
 
 
@@ -157,22 +167,22 @@ def load(path: Path, planned: TensorRecord) -> tuple[TensorRecord, torch.Tensor]
         whole = saved.tensor.contiguous()
         if saved.record is None:
             return replace(planned, stats=_statistics(whole)), whole
-        _check(saved, whole)
+        _check(saved.record, saved.metadata, whole)
     except (RuntimeError, ValueError) as failure:  # RuntimeError: more memory than there is
         raise _broken(path, failure) from failure
     return saved.record, whole
 
 
-def _check(saved: Saved, tensor: torch.Tensor) -> None:
+def _check(record: TensorRecord, metadata: Mapping[str, Any], tensor: torch.Tensor) -> None:
     found = dtype_name(tensor.dtype), tuple(tensor.shape)
-    record = saved.record
-    if record is not None and found != (record.dtype, payload_shape(record)):
+    if found != (record.dtype, payload_shape(record)):
         raise ValueError(
             f"its tensor is {found[0]} {found[1]}, its metadata says {record.dtype} "
             f"{payload_shape(record)}"
         )
-    if zlib.crc32(bytes_of(tensor)) != saved.crc32:
-        raise ValueError("the tensor is damaged or was changed: its checksum differs")
+    fields = {key: metadata.get(key) for key in encode_record(record)}
+    if _checksum(tensor, fields) != metadata.get("crc32"):
+        raise ValueError("it is damaged or was changed: its checksum differs")
 
 
 def bare_record(path: Path, old: OldName, tensor: torch.Tensor, rank: int) -> TensorRecord:

@@ -64,6 +64,11 @@ class RankFolder:
         except FileExistsError:
             raise self._exists() from None
 
+    @property
+    def alone(self) -> bool:
+        """Is there no other rank, to which this one would be missing?"""
+        return self._info.world_size <= 1
+
     def _exists(self) -> RunExists:
         return RunExists(
             f"{self.path} holds the tensor files of another run. Choose another folder, or remove "

@@ -34,6 +34,7 @@ _UNPAIRED = (
     "from files without metadata: calls are numbered in the order of the files, and a backward is "
     "not paired with its forward"
 )
+_DIED = "the process ended before it wrote its coverage, so what is missing is not known"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,13 @@ def load_folder(folder: Path, sink: TensorSink, progress: Progress) -> Moved:
     """
     entries = _scan(folder)
     if not entries:
-        raise RunError(f"{folder} holds no .pt files; is it a folder of the layout 'megatron-pt'?")
+        deeper = sorted({path.parent.name for path in folder.glob("*/*.pt")})
+        hint = (
+            f"import its subfolders one by one: {', '.join(deeper[:5])}"
+            if deeper
+            else ("is it a folder of the layout 'megatron-pt'?")
+        )
+        raise RunError(f"{folder} holds no .pt files; {hint}")
     infos = _infos(folder, entries)
     told = _told(folder)
     done = 0
@@ -121,6 +128,8 @@ def _infos(folder: Path, entries: list[Entry]) -> dict[int, RunInfo]:
     for where in rank_folders(folder).values():
         if (where / RUN).exists():
             info = decode_info(read_document(where / RUN), where / RUN)
+            if info.rank in found:
+                raise RunError(f"{where / RUN} says it is of rank {info.rank}, as another does.")
             found[info.rank] = info
     if len({info.launch_id for info in found.values()}) > 1:
         raise RunError(f"{folder} mixes the ranks of several runs; give each a folder of its own.")
@@ -150,14 +159,16 @@ def _iso(timestamp: str) -> str:
 
 
 def _told(folder: Path) -> dict[Path, Mapping[str, Any]]:
-    """Gaps and notes that were written beside the tensors."""
-    paths = [where / COVERAGE for where in rank_folders(folder).values()]
-    reports = {path: read_document(path) for path in paths if path.exists()}
-    wanted = ("complete", "gaps", "notes")
-    return {
-        path: {key: report[key] for key in wanted if key in report}
-        for path, report in reports.items()
-    }
+    """Gaps and notes that were written beside the tensors, or that nobody came to write them."""
+    found: dict[Path, Mapping[str, Any]] = {}
+    for where in rank_folders(folder).values():
+        path = where / COVERAGE
+        if path.exists():
+            report = read_document(path)
+            found[path] = {key: report.get(key, []) for key in ("gaps", "notes")}
+        elif (where / RUN).exists():
+            found[path] = {"gaps": [{"name": "*", "reason": _DIED, "count": 1}]}
+    return {path: {"complete": not told["gaps"], **told} for path, told in found.items()}
 
 
 def _shared_out(
@@ -167,11 +178,11 @@ def _shared_out(
     ordered = sorted(entries, key=lambda e: (e.record.at.step, e.record.seq, e.record.at.rank))
     if not isinstance(sink, RunDirectorySink):
         return [(sink, infos[min(infos)], ordered)]
+    of_rank: dict[int, list[Entry]] = {rank: [] for rank in infos}
+    for entry in ordered:
+        of_rank[entry.record.at.rank].append(entry)
     # A run directory's sink writes one rank; its unopened twins have the same options.
-    return [
-        (copy(sink), info, [entry for entry in ordered if entry.record.at.rank == rank])
-        for rank, info in infos.items()
-    ]
+    return [(copy(sink), infos[rank], some) for rank, some in of_rank.items()]
 
 
 def _fill(

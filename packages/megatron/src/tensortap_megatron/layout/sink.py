@@ -40,7 +40,9 @@ class MegatronPtSink:
         self._folder: RankFolder | None = None
         self._share = max_bytes
         self._bare: Counter[str] = Counter()
+        self._lost: Counter[tuple[str, str]] = Counter()
         self._warned = False
+        self._covered = False
 
     def open(self, run: RunInfo) -> None:
         """Take the folder of this rank; raises `RunExists` when another run is in it."""
@@ -58,12 +60,19 @@ class MegatronPtSink:
         if payload is None:
             self._bare[str(record.name)] += 1
             return
-        if folder.nbytes + payload.nbytes > self._share:
+        try:
+            self._require_room(folder, payload.nbytes)
+            folder.write(record, payload, time.strftime("%Y%m%d_%H%M%S"))
+        except CaptureError as failure:
+            self._lost[str(record.name), str(failure)] += 1
+            raise
+
+    def _require_room(self, folder: RankFolder, nbytes: int) -> None:
+        if folder.nbytes + nbytes > self._share:
             raise CaptureError(
                 f"{folder.path} has reached its share of max_bytes ({self._share} bytes), so "
                 "capturing stops. Raise max_bytes, or select fewer tensors or steps."
             )
-        folder.write(record, payload, time.strftime("%Y%m%d_%H%M%S"))
 
     def _opened(self) -> RankFolder:
         if self._folder is None:
@@ -82,17 +91,27 @@ class MegatronPtSink:
 
     def cover(self, report: Mapping[str, Any]) -> None:
         """Write coverage.json, in which records without a file are gaps."""
-        gaps = [*report.get("gaps", ()), *bare_gaps(self._bare)]
+        self._covered = True
+        self._opened().cover(self._with_gaps(report))
+
+    def _with_gaps(self, report: Mapping[str, Any]) -> dict[str, Any]:
+        lost = [
+            {"name": name, "reason": reason, "count": count}
+            for (name, reason), count in self._lost.items()
+        ]
+        gaps = [*report.get("gaps", ()), *lost, *bare_gaps(self._bare)]
         whole = bool(report.get("complete", True)) and not gaps
-        self._opened().cover({**report, "complete": whole, "gaps": gaps})
+        return {**report, "complete": whole, "gaps": gaps}
 
     def close(self) -> None:
         """Say what has no file; raises `CaptureError` when nothing has. Twice does nothing."""
         folder, self._folder = self._folder, None
         if folder is None:
             return
-        if not folder.files:
+        if not folder.files and (self._bare or folder.alone):
             folder.give_up()
+        elif not self._covered:  # Without a report the run would count as killed.
+            folder.cover(self._with_gaps({"notes": []}))
         if self._bare and not folder.files:
             raise CaptureError(f"nothing was written: {self._missing()}")
         if self._bare:
