@@ -37,10 +37,11 @@ _FILE = re.compile(
 """Also the longer names of later versions: iteration, pre/post and component, rank, sample."""
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
-_CORE = re.compile(r"(?:^|\.)(?:attn\.core|core_attention)$")
+_CORE = re.compile(r"(?:^|\.)(?:(?:cross_)?attn\.core|core_attention)$")
 _LINEAR = re.compile(
-    r"(?:^|\.)(?:attn\.(?:q|k|v|qkv|out)|mlp\.(?:.+\.)?(?:gate|up|gate_up|down)"
-    r"|mixer\.(?:in_proj|x_proj|dt_proj|out_proj)|linear_(?:qkv|proj|fc1|fc2)|output_layer)$"
+    r"(?:^|\.)(?:(?:cross_)?attn\.(?:q|k|v|kv|qkv|out)|mlp\.(?:.+\.)?(?:gate|up|gate_up|down)"
+    r"|mixer\.(?:in_proj|x_proj|dt_proj|out_proj)"
+    r"|linear_(?:q|kv|qkv|q_proj|proj|fc1|fc2)|output_layer)$"
     r"|^lm_head$"
 )
 
