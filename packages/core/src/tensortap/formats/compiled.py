@@ -15,18 +15,27 @@ _DTYPES = (torch.float32, torch.bfloat16)
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def mx_blocks(x: torch.Tensor, axis: int, element: Element, block: int) -> torch.Tensor | None:
-    """`x` in blocks with a power of two as scale; `None` where the kernel does not serve."""
-    return _blocks(x, axis, element, Grid(block=block, power_of_two=1))
-
-
-def nvfp4_blocks(
-    x: torch.Tensor, axis: int, element: Element, block: int, whole: torch.Tensor
+def round_blocks(
+    x: torch.Tensor,
+    axis: int,
+    element: Element,
+    block: int,
+    tensor_scale: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
-    """`x` in blocks with E4M3 scales beside the tensor's own; `None` as above."""
-    inverse = whole.reciprocal()
-    grid = Grid(block=block, tensor_scale=float(whole), tensor_inverse=float(inverse))
-    return _blocks(x, axis, element, grid)
+    """`x` in blocks along `axis`; `None` where the kernel does not serve.
+
+    The scales are powers of two (MX), or with a `tensor_scale` E4M3 beside it (NVFP4).
+    """
+    kernel = _kernel(x)
+    if kernel is None:
+        return None
+    if x.dim() == 0:
+        found = round_blocks(x.reshape(1), axis, element, block, tensor_scale)
+        return None if found is None else found.reshape(())
+    dense, order = _dense(x)
+    to, grid = torch.empty_like(dense), _grid(element, block, tensor_scale)
+    kernel.rounding.blocks(dense, to, order.index(axis), grid, threads=_threads(kernel))
+    return _restored(to, order)
 
 
 def hifloat8(x: torch.Tensor, *, saturate: bool) -> torch.Tensor | None:
@@ -45,20 +54,15 @@ def serves(x: torch.Tensor) -> bool:
     return _kernel(x) is not None
 
 
-def _blocks(x: torch.Tensor, axis: int, element: Element, grid: Grid) -> torch.Tensor | None:
-    kernel = _kernel(x)
-    if kernel is None:
-        return None
-    if x.dim() == 0:
-        found = _blocks(x.reshape(1), axis, element, grid)
-        return None if found is None else found.reshape(())
-    grid.emin, grid.mantissa = element.emin, element.mantissa_bits
-    grid.emax, grid.max = element.emax, element.max
-    dense, order = _dense(x)
-    to = torch.empty_like(dense)
-    place = order.index(axis)
-    kernel.rounding.blocks(dense, to, place, grid, threads=_threads(kernel))
-    return _restored(to, order)
+def _grid(element: Element, block: int, tensor_scale: torch.Tensor | None) -> Grid:
+    grid = Grid(
+        block=block, power_of_two=tensor_scale is None, emin=element.emin,
+        mantissa=element.mantissa_bits, emax=element.emax, max=element.max,
+    )  # fmt: skip
+    if tensor_scale is not None:
+        grid.tensor_scale = float(tensor_scale)
+        grid.tensor_inverse = float(tensor_scale.reciprocal())
+    return grid
 
 
 def _kernel(x: torch.Tensor) -> native.Library | None:

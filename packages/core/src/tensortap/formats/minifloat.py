@@ -73,9 +73,8 @@ def round_to(x: torch.Tensor, emin: int, mantissa_bits: int, limit: float) -> to
     integer, mantissa, bias = LAYOUT[x.dtype]
     clamped = x.clamp(-limit, limit)
     one = 1 << mantissa
-    anchor = clamped.view(integer) & ((2 * bias + 1) * one)
-    anchor.clamp_(min=(emin + bias) * one).add_((mantissa - mantissa_bits) * one + one // 2)
-    large = anchor.view(x.dtype)
+    powers = (clamped.view(integer) & ((2 * bias + 1) * one)).clamp(min=(emin + bias) * one)
+    large = powers.add_((mantissa - mantissa_bits) * one + one // 2).view(x.dtype)
     return (clamped + large).sub_(large).copysign_(clamped)
 
 

@@ -61,7 +61,7 @@ class MX:
     @torch.no_grad()
     def fake_quantize(self, x: torch.Tensor, axis: int = -1) -> torch.Tensor:
         axis, values = resolve_axis(x, axis), compact(x)
-        rounded = compiled.mx_blocks(values, axis, self.element, self.block)
+        rounded = compiled.round_blocks(values, axis, self.element, self.block)
         if rounded is None:
             rounded = self._fake_quantize(working(values), axis)
         return rounded.to(x.dtype)
@@ -79,7 +79,7 @@ def shared_scales(parts: torch.Tensor, axis: int, element: Element) -> torch.Ten
     """The biased exponent of each block's scale, 0 .. 254 or 255 (NaN), as int32."""
     integer, mantissa, bias = LAYOUT[parts.dtype]
     largest = blocks.amax(parts, axis)
-    power = (largest.view(integer) >> mantissa).sub_(bias + element.emax).clamp_(-127, 127)
+    power = (largest.view(integer) >> mantissa).sub_(bias + element.emax).clamp(-127, 127)
     power = power.to(torch.int32).add_(127)
     return power.masked_fill_(~largest.isfinite(), NAN_SCALE)
 

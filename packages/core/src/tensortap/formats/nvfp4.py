@@ -16,8 +16,8 @@ from tensortap.formats.minifloat import E2M1, E4M3, decode, encode, round_even
 from tensortap.records import FormatInfo
 
 BLOCK = 16
-_LEAST_TENSOR_SCALE = 2.0**-126
-"""Its inverse is finite; also the scale of a tensor of zeros."""
+_LEAST_TENSOR_SCALE = 2.0**-120
+"""So that its inverse over the least block scale is finite; also the scale of zeros."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class NVFP4:
             values = values.float()
         if compiled.serves(values):
             whole = tensor_scale(_largest(values))
-            rounded = compiled.nvfp4_blocks(values, axis, E2M1, self.block, whole)
+            rounded = compiled.round_blocks(values, axis, E2M1, self.block, whole)
             assert rounded is not None
             return rounded.to(x.dtype)
         on_grid, scales, whole = self._quantize(values, axis)
