@@ -50,6 +50,9 @@ def run_on_cpu(*, force: bool = False) -> ExitStack:
     mode = _CudaMeansCpu()
     mode.__enter__()
     undo.callback(mode.__exit__, None, None, None)
+    # Megatron hands small functions to torch.compile: slow to start, and in need of a compiler.
+    torch.compiler.set_stance("force_eager")
+    undo.callback(torch.compiler.set_stance, "default")
     _patch_torch(undo)
     _patch_megatron(undo)
     return undo
@@ -57,8 +60,8 @@ def run_on_cpu(*, force: bool = False) -> ExitStack:
 
 def _replace(undo: ExitStack, owner: Any, name: str, value: Any) -> None:
     if hasattr(owner, name):
-        # A class's own entry keeps `staticmethod`; the compiler's settings are not in `vars`.
-        undo.callback(setattr, owner, name, vars(owner).get(name, getattr(owner, name)))
+        # A class's own entry keeps `staticmethod`, which getattr would lose.
+        undo.callback(setattr, owner, name, vars(owner)[name])
     else:
         undo.callback(delattr, owner, name)
     setattr(owner, name, value)
@@ -78,15 +81,12 @@ def _patch_torch(undo: ExitStack) -> None:
 
 
 def _patch_megatron(undo: ExitStack) -> None:
-    import torch._dynamo
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.dot_product_attention import DotProductAttention as Attention
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
-    # Megatron hands small functions to torch.compile; a C++ compiler is not worth asking for.
-    _replace(undo, torch._dynamo.config, "disable", True)
     _replace(undo, random, "_get_cuda_rng_state", lambda *a, **options: torch.get_rng_state())
     _replace(undo, random, "_set_cuda_rng_state", lambda state, *a, **o: torch.set_rng_state(state))
     _replace(undo, random.CudaRNGStatesTracker, "add", _add_seed)

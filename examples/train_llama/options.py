@@ -1,0 +1,110 @@
+"""The command line of train.py. What a user can get wrong ends in one line on rank 0."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+TEXT = Path(__file__).with_name("coriolanus.txt")
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train a Llama with Megatron-core.")
+    _add_parallelism(parser)
+    _add_training(parser)
+    _add_files(parser)
+    options = parser.parse_args(arguments)
+    _check(options, int(os.environ.get("WORLD_SIZE", "1")))
+    return options
+
+
+def stop(message: str) -> NoReturn:
+    """End with an error every rank has found; rank 0 alone says it. Exit status 2."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"train.py: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """While a run is prepared, a `ValueError` is about what the user asked for."""
+    try:
+        yield
+    except ValueError as error:
+        stop(str(error))
+
+
+def _add_parallelism(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("parallelism; what remains of the processes is data parallel")
+    group.add_argument("--tp", type=_count, default=1, metavar="N", help="tensor parallel ranks")
+    group.add_argument("--pp", type=_count, default=1, metavar="N", help="pipeline stages")
+    group.add_argument("--cp", type=_count, default=1, metavar="N", help="context parallel ranks")
+    group.add_argument("--sequence-parallel", action="store_true", help="with --tp above 1")
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("training")
+    group.add_argument("--size", choices=("tiny", "small", "1b"), default="tiny")
+    group.add_argument("--steps", type=_count, default=30, metavar="N", help="in all; default 30")
+    group.add_argument("--micro-batch", type=_count, default=4, metavar="N", help="default 4")
+    group.add_argument("--global-batch", type=_count, default=8, metavar="N", help="default 8")
+    group.add_argument("--seq-length", type=_count, default=128, metavar="N", help="default 128")
+    group.add_argument("--lr", type=float, default=3e-3, help="constant; default 0.003")
+    group.add_argument("--seed", type=int, default=1, help="of weights and batches; default 1")
+    group.add_argument("--dtype", choices=("fp32", "bf16", "fp16", "fp8"), default="fp32")
+    group.add_argument(
+        "--spec", choices=("local", "te"), help="default: te (Transformer Engine) where it works"
+    )
+
+
+def _add_files(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("files")
+    group.add_argument(
+        "--data", default=str(TEXT), help="a text, or PREFIX of PREFIX.bin and PREFIX.idx"
+    )
+    group.add_argument(
+        "--hf-model", type=Path, metavar="FOLDER", help="a Hugging Face Llama: sizes and weights"
+    )
+    group.add_argument(
+        "--tokenizer", type=Path, metavar="FOLDER", help="default: --hf-model's, or else bytes"
+    )
+    group.add_argument("--checkpoint", type=Path, metavar="DIR", help="saved to, resumed from")
+    group.add_argument("--save-every", type=_count, metavar="N", help="default: at the end only")
+    group.add_argument("--tensorboard", type=Path, metavar="DIR")
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def _check(options: argparse.Namespace, world: int) -> None:
+    model_ranks = options.tp * options.pp * options.cp
+    if world % model_ranks:
+        stop(
+            f"--tp {options.tp} x --pp {options.pp} x --cp {options.cp} needs a multiple of "
+            f"{model_ranks} processes and there are {world}: torchrun --nproc-per-node "
+            f"{model_ranks} examples/train_llama/train.py …"
+        )
+    if options.sequence_parallel and options.tp == 1:
+        stop("--sequence-parallel shards along the sequence what --tp replicates: give --tp 2.")
+    replicas = world // model_ranks
+    if options.global_batch % (options.micro_batch * replicas):
+        stop(
+            f"--global-batch {options.global_batch} is no multiple of --micro-batch "
+            f"{options.micro_batch} x {replicas} data parallel ranks."
+        )
+    pieces = (2 * options.cp if options.cp > 1 else 1) * (
+        options.tp if options.sequence_parallel else 1
+    )
+    if options.seq_length % pieces:
+        stop(f"--seq-length {options.seq_length} cannot be cut into {pieces} equal pieces.")
+    for folder in (options.hf_model, options.tokenizer):
+        if folder and not folder.is_dir():
+            stop(f"{folder} is no folder.")

@@ -1,0 +1,112 @@
+# ruff: noqa: E402
+"""Trains a small Llama with Megatron-core, and captures or quantises its tensors on request.
+
+    torchrun --nproc-per-node 2 examples/train_llama/train.py --tp 2
+
+All that tensortap needs is in `instruments`; the rest is an ordinary Megatron training loop.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+# Megatron says at every import that Apex and Transformer Engine would make it faster, and calls
+# what torch renamed.
+warnings.filterwarnings("ignore", module="megatron")
+warnings.filterwarnings("ignore", category=FutureWarning)
+
+import checkpoint
+from cpu import leave, run_on_cpu
+from data import Batch, load_tokens, microbatches
+from launch import build, start
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from model import choose_model
+from options import one_line_errors, parse
+from report import Report, mean_over_ranks
+from torch import Tensor
+
+
+@contextmanager
+def instruments(model: DistributedDataParallel) -> Iterator[None]:
+    """What the environment asks for, until the end of the block; plain training if nothing.
+
+    CUSTOM_QUANT_TYPE quantises every product, TENSOR_SAVE_ENABLED writes tensors to a run.
+    """
+    with ExitStack() as stack:
+        if os.environ.get("CUSTOM_QUANT_TYPE"):
+            from tensortap_megatron import quantize
+
+            stack.enter_context(quantize(model))
+        if os.environ.get("TENSOR_SAVE_ENABLED"):
+            import tensortap
+
+            stack.enter_context(tensortap.attach(model))
+        yield
+
+
+def train(options: Namespace) -> None:
+    device = start(options)
+    with one_line_errors():
+        llama = choose_model(options)
+        tokens = load_tokens(options, llama.vocab_size)
+        report = Report(options.tensorboard)
+        model, optimizer = build(llama, options, device)
+    done = checkpoint.resume(options, model, optimizer)
+    report.begin(options, model, done)
+    with instruments(model):
+        for step in range(done, options.steps):
+            batches = microbatches(tokens, options, step, device)
+            losses, norm = train_step(model, optimizer, batches, options)
+            report.step(step, mean_over_ranks(losses, device), norm)
+            checkpoint.save_if_due(options, step + 1, model, optimizer)
+    report.close()
+
+
+def train_step(
+    model: DistributedDataParallel,
+    optimizer: MegatronOptimizer,
+    batches: Iterator[Batch],
+    options: Namespace,
+) -> tuple[list[Tensor], float | None]:
+    """One step of the optimizer: the microbatches' losses and the norm of the gradient."""
+    model.zero_grad_buffer()
+    optimizer.zero_grad()
+    replicas = parallel_state.get_data_parallel_world_size()
+    losses = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=batches,
+        model=[model],
+        num_microbatches=options.global_batch // (options.micro_batch * replicas),
+        seq_length=options.seq_length,
+        micro_batch_size=options.micro_batch,
+        forward_only=False,
+    )
+    updated, norm, _ = optimizer.step()
+    return losses, norm if updated else None
+
+
+def forward_step(batches: Iterator[Batch], model: DistributedDataParallel):
+    batch = next(batches)
+    losses = model(batch["tokens"], batch["positions"], None, labels=batch["labels"])
+    return losses, mean_loss
+
+
+def mean_loss(losses: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss to differentiate, and the same to report; `losses` is `[batch, seq / cp]`."""
+    # Megatron multiplies by the number of context parallel ranks what each of them returns.
+    share = losses.float().mean() / parallel_state.get_context_parallel_world_size()
+    # It also scales this tensor in place, which a reported alias would show.
+    return share, share.detach().clone()
+
+
+if __name__ == "__main__":
+    run_on_cpu()
+    train(parse())
+    leave()
