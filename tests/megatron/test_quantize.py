@@ -158,6 +158,19 @@ def test_a_wrapped_model_and_a_list_of_chunks_are_quantised_inside(model: Any) -
         assert format_of(wrapped) == format_of(model) == "mxfp4"
 
 
+def test_gradients_reach_the_buffers_of_megatrons_data_parallelism(model: Any) -> None:
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    with quantize(model, "mxfp4"):
+        wanted = gradients(model)
+    model.zero_grad()
+    parallel = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
+    with quantize(parallel, "mxfp4"):
+        parallel(**batch()).mean().backward()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.main_grad, wanted[name]), name
+
+
 @pytest.mark.parametrize("recompute", ["full", "selective"])
 def test_recomputed_activations_give_the_same_gradients(recompute: str) -> None:
     more = {"recompute_method": "uniform", "recompute_num_layers": 1} if recompute == "full" else {}
