@@ -44,22 +44,31 @@ class HiFloat8:
 
     @torch.no_grad()
     def quantize(self, x: torch.Tensor, axis: int = -1) -> Quantized:
-        codes = hifloat8_codes.encode(self._round(x).to(torch.float32))
+        codes = self._by_kernel(x, codes=True)
+        if codes is None:
+            codes = hifloat8_codes.encode(self._round(x).to(torch.float32))
         return Quantized(self.name, codes, None, None, tuple(x.shape), x.dtype)
 
     @torch.no_grad()
     def dequantize(self, quantized: Quantized) -> torch.Tensor:
         check_format(quantized, self.name)
         wide = quantized.dtype is torch.float64
-        values = hifloat8_codes.decode(quantized.codes)
+        values = None
+        if compiled.serves(quantized.codes):
+            values = compiled.decode(quantized.codes, hifloat8_codes.value_table())
+        if values is None:
+            values = hifloat8_codes.decode(quantized.codes)
         return values.to(torch.float64 if wide else torch.float32)
 
     @torch.no_grad()
     def fake_quantize(self, x: torch.Tensor, axis: int = -1) -> torch.Tensor:
-        rounded = None
-        if self.rounding == "ta":
-            rounded = compiled.hifloat8(compact(x), saturate=self.overflow == "saturate")
+        rounded = self._by_kernel(x, codes=False)
         return (self._round(x) if rounded is None else rounded).to(x.dtype)
+
+    def _by_kernel(self, x: torch.Tensor, *, codes: bool) -> torch.Tensor | None:
+        if self.rounding != "ta":
+            return None
+        return compiled.hifloat8(compact(x), saturate=self.overflow == "saturate", codes=codes)
 
     def _round(self, x: torch.Tensor) -> torch.Tensor:
         values = working(x) if self.rounding == "ta" else in_float32(x)

@@ -15,6 +15,8 @@ Source: arXiv 2409.16626, section 3.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 NAN, INFINITY = 0x80, 0x6F
@@ -57,6 +59,12 @@ def decode(codes: torch.Tensor) -> torch.Tensor:
     values = values.masked_fill_(low == 0, 0.0).masked_fill_(low == INFINITY, torch.inf)
     values = torch.where(code > 0x7F, -values, values)
     return values.masked_fill_(code == NAN, torch.nan)
+
+
+@cache
+def value_table() -> torch.Tensor:
+    """The values of all codes, on the CPU, for the compiled kernel."""
+    return decode(torch.arange(256, dtype=torch.uint8, device="cpu"))
 
 
 def _denormal(

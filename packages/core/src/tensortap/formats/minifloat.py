@@ -7,6 +7,7 @@ Formats (MX) v1.0, section 5.3; OCP 8-bit Floating Point v1.0 for E4M3 and E5M2.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -103,3 +104,9 @@ def decode(codes: torch.Tensor, element: Element) -> torch.Tensor:
     subnormal = magnitude.to(torch.float32) * element.smallest_subnormal
     value = torch.where(magnitude < (1 << element.mantissa_bits), subnormal, normal)
     return torch.where(code >> (element.bits - 1) == 1, -value, value)
+
+
+@cache
+def value_table(element: Element) -> torch.Tensor:
+    """The values of all bytes, float32 on the CPU, for the compiled kernel; bits above are 0."""
+    return decode(torch.arange(256, dtype=torch.uint8, device="cpu"), element)

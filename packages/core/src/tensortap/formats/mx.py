@@ -14,7 +14,14 @@ import torch
 
 from tensortap.formats import blocks, compiled
 from tensortap.formats.codec import Quantized, check_format, compact, resolve_axis, working
-from tensortap.formats.minifloat import LAYOUT, Element, decode, encode, round_even
+from tensortap.formats.minifloat import (
+    LAYOUT,
+    Element,
+    decode,
+    encode,
+    round_even,
+    value_table,
+)
 from tensortap.records import FormatInfo
 
 BLOCK = 32
@@ -35,28 +42,27 @@ class MX:
 
     @torch.no_grad()
     def quantize(self, x: torch.Tensor, axis: int = -1) -> Quantized:
-        axis = resolve_axis(x, axis)
-        parts = blocks.split(working(x), axis, self.block)
-        scales = shared_scales(parts, axis, self.element)
-        on_grid = round_even(parts * power_of_two(254 - scales, parts.dtype), self.element)
-        on_grid = torch.where(scales == NAN_SCALE, torch.zeros_like(on_grid), on_grid)
-        codes = encode(on_grid.to(torch.float32), self.element)
-        codes = blocks.join(codes, axis, tuple(x.shape))
+        axis, values = resolve_axis(x, axis), compact(x)
+        found = compiled.encode_blocks(values, axis, self.element, self.block)
+        codes, scales = found or self._encode(working(values), axis)
         codes = codes.view(self.element.dtype or torch.uint8)
-        stored = scales.squeeze(axis + 1).to(torch.uint8)
-        return Quantized(self.name, codes, stored, axis, tuple(x.shape), x.dtype)
+        return Quantized(self.name, codes, scales, axis, tuple(x.shape), x.dtype)
 
     @torch.no_grad()
     def dequantize(self, quantized: Quantized) -> torch.Tensor:
         check_format(quantized, self.name)
         assert quantized.scales is not None
         assert quantized.axis is not None
-        axis, wide = quantized.axis, quantized.dtype is torch.float64
-        parts = blocks.split(quantized.codes.view(torch.uint8), axis, self.block)
-        values = decode(parts, self.element).to(torch.float64 if wide else torch.float32)
-        scales = quantized.scales.unsqueeze(axis + 1).to(torch.int32)
-        values = values * power_of_two(scales, values.dtype)
-        return blocks.join(values, axis, quantized.shape)
+        codes, axis = quantized.codes.view(torch.uint8), quantized.axis
+        wide = quantized.dtype is torch.float64
+        dtype = torch.float64 if wide else torch.float32
+        scales = power_of_two(quantized.scales.to(torch.int32), dtype)
+        if not wide and compiled.serves(codes):
+            found = compiled.decode(codes, value_table(self.element), scales, axis, self.block)
+            assert found is not None
+            return found
+        values = decode(blocks.split(codes, axis, self.block), self.element).to(dtype)
+        return blocks.join(values * scales.unsqueeze(axis + 1), axis, quantized.shape)
 
     @torch.no_grad()
     def fake_quantize(self, x: torch.Tensor, axis: int = -1) -> torch.Tensor:
@@ -66,8 +72,18 @@ class MX:
             rounded = self._fake_quantize(working(values), axis)
         return rounded.to(x.dtype)
 
+    def _encode(self, values: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes and codes of scales in torch operations, for every device and dtype."""
+        parts = blocks.split(values, axis, self.block)
+        scales = shared_scales(parts, axis, self.element)
+        on_grid = round_even(parts * power_of_two(254 - scales, parts.dtype), self.element)
+        on_grid = torch.where(scales == NAN_SCALE, torch.zeros_like(on_grid), on_grid)
+        codes = encode(on_grid.to(torch.float32), self.element)
+        codes = blocks.join(codes, axis, tuple(values.shape))
+        return codes, scales.squeeze(axis + 1).to(torch.uint8)
+
     def _fake_quantize(self, values: torch.Tensor, axis: int) -> torch.Tensor:
-        """The same in torch operations, for every device and dtype."""
+        """Values on the grid, in the same way."""
         parts = blocks.split(values, axis, self.block)
         scales = shared_scales(parts, axis, self.element)
         on_grid = round_even(parts * power_of_two(254 - scales, parts.dtype), self.element)

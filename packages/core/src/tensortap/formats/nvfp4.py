@@ -12,7 +12,7 @@ import torch
 
 from tensortap.formats import blocks, compiled
 from tensortap.formats.codec import Quantized, check_format, compact, in_float32, resolve_axis
-from tensortap.formats.minifloat import E2M1, E4M3, decode, encode, round_even
+from tensortap.formats.minifloat import E2M1, E4M3, decode, encode, round_even, value_table
 from tensortap.records import FormatInfo
 
 BLOCK = 16
@@ -37,10 +37,14 @@ class NVFP4:
 
     @torch.no_grad()
     def quantize(self, x: torch.Tensor, axis: int = -1) -> Quantized:
-        axis = resolve_axis(x, axis)
-        on_grid, scales, whole = self._quantize(x, axis)
-        codes = blocks.join(encode(on_grid.nan_to_num(0.0), E2M1), axis, tuple(x.shape))
-        stored = encode(scales, E4M3).view(torch.float8_e4m3fn).squeeze(axis + 1)
+        axis, values = resolve_axis(x, axis), _at_most_32_bits(x)
+        whole = tensor_scale(_largest(values))
+        found = compiled.encode_blocks(values, axis, E2M1, self.block, whole)
+        if found is None:
+            on_grid, scales = self._round(values, axis, whole)
+            codes = blocks.join(encode(on_grid.nan_to_num(0.0), E2M1), axis, tuple(x.shape))
+            found = codes, encode(scales, E4M3).squeeze(axis + 1)
+        codes, stored = found[0], found[1].view(torch.float8_e4m3fn)
         return Quantized(self.name, codes, stored, axis, tuple(x.shape), x.dtype, whole)
 
     @torch.no_grad()
@@ -49,35 +53,33 @@ class NVFP4:
         assert quantized.scales is not None
         assert quantized.axis is not None
         assert quantized.tensor_scale is not None
-        axis = quantized.axis
-        values = decode(blocks.split(quantized.codes, axis, self.block), E2M1)
-        scales = quantized.scales.to(torch.float32).unsqueeze(axis + 1)
-        values = values * (quantized.tensor_scale * scales)
-        values = blocks.join(values, axis, quantized.shape)
+        codes, axis = quantized.codes, quantized.axis
+        scales = quantized.tensor_scale * quantized.scales.to(torch.float32)
+        values = None
+        if compiled.serves(codes):
+            values = compiled.decode(codes, value_table(E2M1), scales, axis, self.block)
+        if values is None:
+            values = decode(blocks.split(codes, axis, self.block), E2M1)
+            values = blocks.join(values * scales.unsqueeze(axis + 1), axis, quantized.shape)
         return values.to(torch.float64 if quantized.dtype is torch.float64 else torch.float32)
 
     @torch.no_grad()
     def fake_quantize(self, x: torch.Tensor, axis: int = -1) -> torch.Tensor:
-        axis, values = resolve_axis(x, axis), compact(x)
-        if values.dtype is torch.float64:
-            values = values.float()
-        if compiled.serves(values):
-            whole = tensor_scale(_largest(values))
-            rounded = compiled.round_blocks(values, axis, E2M1, self.block, whole)
-            assert rounded is not None
-            return rounded.to(x.dtype)
-        on_grid, scales, whole = self._quantize(values, axis)
-        return blocks.join(on_grid.mul_(whole * scales), axis, tuple(x.shape)).to(x.dtype)
+        axis, values = resolve_axis(x, axis), _at_most_32_bits(x)
+        whole = tensor_scale(_largest(values))
+        rounded = compiled.round_blocks(values, axis, E2M1, self.block, whole)
+        if rounded is None:
+            on_grid, scales = self._round(values, axis, whole)
+            rounded = blocks.join(on_grid.mul_(whole * scales), axis, tuple(x.shape))
+        return rounded.to(x.dtype)
 
-    def _quantize(
-        self, x: torch.Tensor, axis: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Elements on the grid, block scales, tensor scale: all float32 values."""
-        parts = blocks.split(in_float32(x), axis, self.block)
-        largest = blocks.amax(parts, axis)
-        whole = tensor_scale(_largest(largest))
-        scales = block_scales(largest, whole)
-        return round_even(parts * (whole.reciprocal() / scales), E2M1), scales, whole
+    def _round(
+        self, values: torch.Tensor, axis: int, whole: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Elements and block scales on their grids, float32, in torch operations."""
+        parts = blocks.split(values.float(), axis, self.block)
+        scales = block_scales(blocks.amax(parts, axis), whole)
+        return round_even(parts * (whole.reciprocal() / scales), E2M1), scales
 
 
 def tensor_scale(largest: torch.Tensor) -> torch.Tensor:
@@ -90,6 +92,10 @@ def block_scales(largest: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
     """Scales of the blocks, from their largest magnitudes, on the E4M3 grid; normal values only."""
     wanted = (_divided(largest, E2M1.max) / whole).nan_to_num(E4M3.max)
     return round_even(wanted.clamp_(E4M3.smallest_normal, E4M3.max), E4M3)
+
+
+def _at_most_32_bits(x: torch.Tensor) -> torch.Tensor:
+    return in_float32(x) if x.dtype is torch.float64 else compact(x)
 
 
 def _largest(values: torch.Tensor) -> torch.Tensor:
