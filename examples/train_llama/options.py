@@ -1,4 +1,4 @@
-"""The command line of train.py. What a user can get wrong ends in one line on rank 0."""
+"""The command line of train.py; what a user can get wrong ends in one line."""
 
 from __future__ import annotations
 
@@ -19,24 +19,30 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     _add_training(parser)
     _add_files(parser)
     options = parser.parse_args(arguments)
-    _check(options, int(os.environ.get("WORLD_SIZE", "1")))
+    wrong = _wrong(options, int(os.environ.get("WORLD_SIZE", "1")))
+    if wrong and os.environ.get("RANK", "0") == "0":
+        stop(wrong)
+    if wrong:
+        sys.exit(2)  # Rank 0 has said it.
     return options
 
 
 def stop(message: str) -> NoReturn:
-    """End with an error every rank has found; rank 0 alone says it. Exit status 2."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"train.py: {message}", file=sys.stderr)
+    """End with one line instead of a traceback; exit status 2."""
+    print(f"train.py: {message}", file=sys.stderr)
     sys.exit(2)
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """While a run is prepared, a `ValueError` is about what the user asked for."""
+    """While a run is prepared, an error is about what the user asked for."""
     try:
         yield
-    except ValueError as error:
-        stop(str(error))
+    except Exception as error:
+        # Plain training does not import tensortap, not even for the name of its errors.
+        if isinstance(error, ValueError) or type(error).__module__ == "tensortap.errors":
+            stop(str(error))
+        raise
 
 
 def _add_parallelism(parser: argparse.ArgumentParser) -> None:
@@ -84,27 +90,28 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _check(options: argparse.Namespace, world: int) -> None:
+def _wrong(options: argparse.Namespace, world: int) -> str | None:
+    """What cannot be, in words; every rank finds the same."""
     model_ranks = options.tp * options.pp * options.cp
+    replicas = world // model_ranks
     if world % model_ranks:
-        stop(
+        return (
             f"--tp {options.tp} x --pp {options.pp} x --cp {options.cp} needs a multiple of "
             f"{model_ranks} processes and there are {world}: torchrun --nproc-per-node "
             f"{model_ranks} examples/train_llama/train.py …"
         )
     if options.sequence_parallel and options.tp == 1:
-        stop("--sequence-parallel shards along the sequence what --tp replicates: give --tp 2.")
-    replicas = world // model_ranks
+        return "--sequence-parallel shards along the sequence what --tp replicates: give --tp 2."
     if options.global_batch % (options.micro_batch * replicas):
-        stop(
+        return (
             f"--global-batch {options.global_batch} is no multiple of --micro-batch "
             f"{options.micro_batch} x {replicas} data parallel ranks."
         )
-    pieces = (2 * options.cp if options.cp > 1 else 1) * (
-        options.tp if options.sequence_parallel else 1
-    )
+    pieces = 2 * options.cp if options.cp > 1 else 1
+    pieces *= options.tp if options.sequence_parallel else 1
     if options.seq_length % pieces:
-        stop(f"--seq-length {options.seq_length} cannot be cut into {pieces} equal pieces.")
+        return f"--seq-length {options.seq_length} cannot be cut into {pieces} equal pieces."
     for folder in (options.hf_model, options.tokenizer):
         if folder and not folder.is_dir():
-            stop(f"{folder} is no folder.")
+            return f"{folder} is no folder."
+    return None

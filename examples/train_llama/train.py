@@ -40,14 +40,15 @@ def instruments(model: DistributedDataParallel) -> Iterator[None]:
     CUSTOM_QUANT_TYPE quantises every product, TENSOR_SAVE_ENABLED writes tensors to a run.
     """
     with ExitStack() as stack:
-        if os.environ.get("CUSTOM_QUANT_TYPE"):
-            from tensortap_megatron import quantize
+        with one_line_errors():
+            if os.environ.get("CUSTOM_QUANT_TYPE"):
+                from tensortap_megatron import quantize
 
-            stack.enter_context(quantize(model))
-        if os.environ.get("TENSOR_SAVE_ENABLED"):
-            import tensortap
+                stack.enter_context(quantize(model))
+            if os.environ.get("TENSOR_SAVE_ENABLED"):
+                import tensortap
 
-            stack.enter_context(tensortap.attach(model))
+                stack.enter_context(tensortap.attach(model))
         yield
 
 

@@ -10,7 +10,7 @@
 set -euo pipefail
 
 if [ $# -lt 5 ]; then
-    sed -n '2,10s/^#  \{0,1\}//p' "$0" >&2
+    sed -n '2,10s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
 checkpoint=$1 tensorboard=$2 model=$3 data=$4 dtype=$5
