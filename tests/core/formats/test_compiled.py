@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tensortap import formats, native
 from tensortap.formats import compiled
+from tensortap.native import build
 
 NAMES = ("hifp8", "mxfp8", "mxfp8_e5m2", "mxfp6_e3m2", "mxfp6_e2m3", "mxfp4", "nvfp4")
 each = pytest.mark.parametrize("name", NAMES)
@@ -101,6 +103,24 @@ def test_threads_share_a_large_tensor(name: str) -> None:
         torch.set_num_threads(before)
     for left, right in zip(shared, alone, strict=True):
         assert_same(left, right)
+
+
+def test_a_processor_without_vectors_rounds_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = " ".join(build._compiler())
+    script = tmp_path / "cc"
+    old = 'case "$*" in *NO_CLONES*) ;; *) echo "unknown arch" >&2; exit 1;; esac'
+    script.write_text(f'#!/bin/sh\n{old}\nexec {real} "$@"\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("CC", str(script))
+    build.compile_library(tmp_path / build.LIBRARY)
+    plain = native.Library(tmp_path / build.LIBRARY)
+    monkeypatch.setattr(native, "library", lambda: plain)
+    x = torch.from_numpy(magnitudes(60_000)[:60_000].copy()).reshape(200, 300)
+    for name in NAMES:
+        assert_equal_to_torch(formats.get(name), x, 0)
+        assert_equal_to_torch(formats.get(name), x.bfloat16(), 1)
 
 
 def test_hifloat8_saturates_as_torch_does() -> None:

@@ -17,7 +17,10 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 LIBRARY = "libtensortap.so"
-_SOURCES = ("clones.h", "threads.h", "blocks.h", "walk.h", "stats.c", "formats.c")
+_SOURCES = (
+    "clones.h", "threads.h", "blocks.h", "walk.h", "stats.c",
+    "grid.h", "hifloat8.h", "tasks.h", "formats.c", "decode.c",
+)  # fmt: skip
 _FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-fopenmp-simd")
 _TIMEOUT = 120.0
 """Seconds; compiling takes a few."""
