@@ -162,13 +162,13 @@ def run_layer(name: str, layer: Any, *, tensor: int, sequence_parallel: bool) ->
 
 
 def run_layers(
-    format: str | None, *, tensor: int = 1, sequence_parallel: bool = False
+    format: str | None, *, tensor: int = 1, sequence_parallel: bool = False, **options: Any
 ) -> dict[str, dict[str, Any]]:
-    """All layers, quantised to a format; this rank's results."""
+    """All layers, quantised to a format with its options; this rank's results."""
     from tensortap_megatron.quantization import quantize
 
     built = layers(tensor=tensor, sequence_parallel=sequence_parallel)
-    with contextlib.nullcontext() if format is None else quantize(built, format):
+    with contextlib.nullcontext() if format is None else quantize(built, format, **options):
         return {
             name: run_layer(name, layer, tensor=tensor, sequence_parallel=sequence_parallel)
             for name, layer in built.items()

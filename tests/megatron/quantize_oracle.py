@@ -12,8 +12,8 @@ def on_grid(x: Array, format: str, axis: int) -> Array:
     """`x` with its values on the grid of a format, blocks along `axis`."""
     if format == "hifp8":
         return _hifp8(x)
-    if format == "int8":
-        scale = np.abs(x).max() / 127
+    if format.startswith("int8"):
+        scale = np.abs(x).max(axis if format == "int8 channel" else None, keepdims=True) / 127
         return np.clip(np.round(x / scale), -127, 127) * scale
     mantissa, least, emax, largest = {
         "mxfp8": (3, -6, 8, 448.0),

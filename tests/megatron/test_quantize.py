@@ -116,6 +116,16 @@ def test_a_selection_may_name_layers_of_another_pipeline_stage(model: Any) -> No
         quantize(model, "mxfp4", select="layers.4.*")
 
 
+def test_a_selection_may_name_experts_of_another_rank() -> None:
+    model = built.gpt(num_moe_experts=4, moe_router_topk=2, moe_ffn_hidden_size=96)
+    model.config.expert_model_parallel_size = 2
+    model.config.num_moe_experts = 8
+    with quantize(model, "mxfp4", select="layers.0.mlp.experts.6.*") as quantised:
+        assert quantised.modules == ()
+    with pytest.raises(SelectionError, match=r"experts\."):
+        quantize(model, "mxfp4", select="layers.0.mlp.experts.8.*")
+
+
 def test_the_environment_names_the_format(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"CUSTOM_QUANT_TYPE is not set.* hifp8, mxfp8"):
         quantize(model)

@@ -57,6 +57,12 @@ def test_each_product_equals_numpy_with_operands_quantised_along_its_own_sum(
         close(found[key], value)
 
 
+def test_scales_of_channels_follow_the_sum_of_each_product() -> None:
+    found = built.run_layers("int8", scale="channel")["column"]
+    for key, value in expected("column", "int8 channel").items():
+        close(found[key], value)
+
+
 def test_the_oracle_tells_the_three_axes_apart() -> None:
     x, w = whole("column.x", SEQ * BATCH, IN).numpy(), whole("column.weight", OUT, IN).numpy()
     right = product(x, w.T, "mxfp4")

@@ -42,12 +42,12 @@ class Target:
 def choose(models: Sequence[nn.Module], selection: Selection) -> list[Target]:
     """The selected modules of all chunks of a model; raises when one cannot be quantised.
 
-    Empty only on a pipeline stage that holds none of what is selected.
+    Empty only on a rank where none of what is selected is: another pipeline stage's, say.
     """
     found = [target for model in models for target in _targets(model)]
     chosen = [target for target in found if selection.matches(target.name)]
     if not chosen:
-        everywhere = _on_all_stages([target.name for target in found], models)
+        everywhere = _on_all_ranks([target.name for target in found], models)
         if not any(selection.matches(name) for name in everywhere):
             where = f"{type(models[0]).__name__}: of its modules, these compute matrix products"
             hint = " Select modules, without `/`." if "/" in selection.text else ""
@@ -130,12 +130,23 @@ def _generic(targets: Iterable[Target]) -> list[str]:
     return list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", target.name) for target in targets))
 
 
-def _on_all_stages(names: Iterable[str], models: Sequence[nn.Module]) -> list[str]:
-    """Names a model has on any pipeline stage: layers of this one, under every global number."""
+def _on_all_ranks(names: Iterable[str], models: Sequence[nn.Module]) -> list[str]:
+    """Names that modules have on any pipeline stage or expert rank, from the global sizes."""
     configs = [getattr(module, "config", None) for module in models[0].modules()]
     config = next((config for config in configs if config is not None), None)
-    if getattr(config, "pipeline_model_parallel_size", 1) < 2:
-        return list(names)
-    layers = range(getattr(config, "num_layers", 0))
-    spread = (re.sub(r"^layers\.\d+", f"layers.{n}", name) for name in names for n in layers)
-    return list(dict.fromkeys([*spread, "lm_head"]))
+    found = list(names)
+    if getattr(config, "pipeline_model_parallel_size", 1) > 1:
+        found = [*_numbered("layers", config, "num_layers", found), "lm_head"]
+    if getattr(config, "expert_model_parallel_size", 1) > 1:
+        found = _numbered("experts", config, "num_moe_experts", found)
+    return list(dict.fromkeys(found))
+
+
+def _numbered(word: str, config: object, size: str, names: Iterable[str]) -> list[str]:
+    """Each name with every number that can stand after `word`."""
+    place, numbers = re.compile(rf"\b{word}\.\d+"), range(getattr(config, size, None) or 0)
+    return [
+        numbered
+        for name in names
+        for numbered in ([place.sub(f"{word}.{n}", name) for n in numbers] or [name])
+    ]
