@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import threading
 from pathlib import Path
 
@@ -103,6 +104,17 @@ def test_threads_share_a_large_tensor(name: str) -> None:
         torch.set_num_threads(before)
     for left, right in zip(shared, alone, strict=True):
         assert_same(left, right)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="compiled for several x86-64 levels")
+def test_every_loop_is_compiled_for_several_processors(tmp_path: Path) -> None:
+    build.compile_library(tmp_path / build.LIBRARY)
+    symbols = (tmp_path / build.LIBRARY).read_bytes()
+    if b"sums_float.resolver" not in symbols:
+        pytest.skip("this compiler knows no clones")
+    loops = ("round_row", "round_columns", "round_hifloat8", "decode_run", "widen", "narrow")
+    assert [loop for loop in loops if f"{loop}.resolver".encode() not in symbols] == []
 
 
 def test_a_processor_without_vectors_rounds_alike(
