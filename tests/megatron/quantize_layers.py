@@ -71,8 +71,8 @@ def config(**changes: Any) -> Any:
     return TransformerConfig(**{**settings, **changes})
 
 
-def gpt(seed: int = 0, **changes: Any) -> Any:
-    """A model of 256 tokens with rotary embeddings, untied; `changes` to its configuration."""
+def gpt(seed: int = 0, *, tied: bool = False, **changes: Any) -> Any:
+    """A model of 256 tokens with rotary embeddings; `changes` to its configuration."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
 
@@ -87,7 +87,7 @@ def gpt(seed: int = 0, **changes: Any) -> Any:
         vocab_size=256,
         max_sequence_length=64,
         position_embedding_type="rope",
-        share_embeddings_and_output_weights=False,
+        share_embeddings_and_output_weights=tied,
     )
 
 

@@ -100,6 +100,18 @@ def test_a_selection_decides_which_products_are_quantised(model: Any) -> None:
         assert quantised.modules == tuple(f"layers.1.{word}" for word in LAYER[:3])
 
 
+def test_the_head_is_quantised_when_selected_also_with_the_weight_of_the_embedding() -> None:
+    model = built.gpt(tied=True)
+    plain = gradients(model)
+    with quantize(model, "mxfp4", select="lm_head") as quantised:
+        assert quantised.modules == ("lm_head",)
+        found = gradients(model)
+    name = "embedding.word_embeddings.weight"
+    for key in ("losses", name):
+        error = (found[key] - plain[key]).norm() / plain[key].norm()
+        assert 0 < error < 0.3, key
+
+
 def test_a_selection_of_nothing_that_can_be_quantised_lists_near_misses(model: Any) -> None:
     for select in ("layers.*.mlp.dwn", "layers.7.*", "embed", "layers.*.attn.qkv/forward/*"):
         with pytest.raises(SelectionError, match=r"Closest names: 'l"):

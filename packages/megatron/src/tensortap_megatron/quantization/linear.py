@@ -8,7 +8,10 @@ A layer computes three products, and each quantises its operands along the axis 
 
 The products run in the dtype of their operands and accumulate as torch does there: in float32 for
 float32, float16 and bfloat16 (on CUDA with the reduced-precision reductions that torch allows).
-Bias and its gradient are no products and stay as they are.
+A value that the dtype cannot hold is rounded to it: int8, int4 and nvfp4 have scales that are no
+powers of two. Bias and its gradient are no products and stay as they are. Formats that need no
+axis (hifp8, fp16, bf16, int8 with one scale) are computed once for two products, so the weight on
+the grid is kept from forward to backward; the others keep the tensors themselves.
 
 Tokens lie in Megatron's order [seq, batch], as its own kernel sums them: a block of 32 along them
 is 32 consecutive tokens of one sequence only for a microbatch of one sequence; for B sequences it
