@@ -79,4 +79,9 @@ def _parameters(module: nn.Module) -> Mapping[str, str]:
     if "experts" in type(module).__name__.lower() and hasattr(module, "is_transposed"):
         stacked = "expert in out" if module.is_transposed else "expert out in"
         return {"gate_up_proj": stacked, "down_proj": stacked}
-    return {}
+    # Norms: one number a feature.
+    own = module.named_parameters(recurse=False)
+    return {name: "hidden" for name, parameter in own if parameter.dim() == 1 and name in _NORM}
+
+
+_NORM = ("weight", "bias")

@@ -15,19 +15,14 @@ from tensortap_megatron.placements import Axis, Plan, Plans
 from tensortap_megatron.shards import Cut, shared, split, whole
 
 BATCH = Axis("batch")
-_TOKENS = Plan((), unknown=True)
 
 
 def plans(named: Named, facts: Facts) -> Plans:
     """Tensors seen at a module -> their plans; empty for modules nothing is known of."""
-    if _in_expert(named.name):
-        return {"input": _TOKENS, "output": _TOKENS, "tokens_per_expert": _TOKENS}
-    kind = _KINDS.get(named.word, _by_class)
-    return kind(named, facts)
-
-
-def _in_expert(name: str) -> bool:
-    return "experts" in name.split(".")
+    if named.in_expert:
+        # Their tokens come from many ranks, in an order that only the dispatcher knows.
+        return {"weight": parameters.weight(named, facts)} if parts.is_linear(named.module) else {}
+    return _KINDS.get(named.word, _by_class)(named, facts)
 
 
 def _seq(cut: Cut) -> Axis:
@@ -50,6 +45,13 @@ def _tokens(named: Named, facts: Facts) -> Plans:
     if getattr(named.module, "reduce_scatter_embeddings", False):
         return {"input": tokens, "output": _hidden(facts)}
     return {"input": tokens, "output": Plan((BATCH, _seq(facts.inner), Axis("hidden")))}
+
+
+def _embedding(named: Named, facts: Facts) -> Plans:
+    """The embedding with positions and dropout: tokens to the residual stream."""
+    tokens = Plan((BATCH, _seq(facts.inner)))
+    inputs = dict.fromkeys(("input", "input.1", "input.input_ids", "input.position_ids"), tokens)
+    return {**inputs, "output": _hidden(facts)}
 
 
 def _root(named: Named, facts: Facts) -> Plans:
@@ -116,10 +118,20 @@ def _attention(named: Named, facts: Facts) -> Plans:
     query = _heads(facts, split(facts.tp))
     keys = replace(_heads(facts, _groups(facts)), partial_gradient=_key_sum(facts))
     context = Plan((_seq(facts.inner), BATCH, Axis("(head dim)", facts.over_tensor)))
-    probs = Plan((BATCH, Axis("head", facts.over_tensor), _seq(facts.inner), Axis("key")))
+    # Ring attention has the keys in an order of its own.
+    probs = Plan(
+        (BATCH, Axis("head", facts.over_tensor), _seq(facts.inner), Axis("key")),
+        unknown=facts.parallel["cp"].size > 1,
+    )
     found = {"query": query, "key": keys, "value": keys, "context": context, "probs": probs}
     repeated = dict.fromkeys(("key_quantized", "value_quantized"), query)
     return {**found, **repeated, "query_quantized": query, "probs_quantized": probs}
+
+
+def _dropped(named: Named, facts: Facts) -> Plans:
+    """Dropout of attention probabilities."""
+    probs = _attention(named, facts)["probs"]
+    return {"input": probs, "output": probs}
 
 
 def _heads(facts: Facts, cut: Cut) -> Plan:
@@ -173,15 +185,17 @@ def _by_class(named: Named, facts: Facts) -> Plans:
 _KINDS: Mapping[str, Callable[[Named, Facts], Plans]] = {
     "root": _root,
     "embed": _tokens,
+    "embedding": _embedding,
     "attn.core": _attention,
     "cross_attn.core": _attention,
+    "attn.core.attention_dropout": _dropped,
     "attn.q_norm": _query_norm,
     "attn.k_norm": _key_norm,
     "mlp.router": _router,
     **dict.fromkeys(
         (
             "decoder",
-            "embedding",
+            "embedding.embedding_dropout",
             "layer",
             "input_norm",
             "attn",

@@ -16,7 +16,8 @@ def accumulated(parameter: nn.Parameter) -> torch.Tensor | None:
     weight gradient is in `main_grad` already, and `.grad` is a placeholder.
     """
     found: Any = parameter
-    main, fresh = getattr(found, "main_grad", None), found.grad
+    main: torch.Tensor | None = getattr(found, "main_grad", None)
+    fresh: torch.Tensor | None = parameter.grad
     if main is None or fresh is None:
         return fresh if main is None else main
     fused = getattr(found, "grad_added_to_main_grad", False)

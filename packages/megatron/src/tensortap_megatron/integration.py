@@ -25,7 +25,7 @@ from tensortap_megatron import (
 from tensortap_megatron.facts import Facts
 from tensortap_megatron.gradients import accumulated
 from tensortap_megatron.naming import Named, modules
-from tensortap_megatron.placements import Plan, SitePlans
+from tensortap_megatron.placements import SitePlans
 from tensortap_megatron.quantization import format_of
 
 TESTED = ("0.14", "0.17")
@@ -39,6 +39,7 @@ _CORE_WORDS = {
     "input.key": "key",
     "input.2": "value",
     "input.value": "value",
+    "input.3": "input.attention_mask",
     "output": "context",
 }
 _QUANTIZED = ("query_quantized", "key_quantized", "probs_quantized", "value_quantized")
@@ -103,7 +104,11 @@ integration = Megatron()
 
 def _sites(named: Named, facts: Facts) -> Iterator[Site]:
     """The sites of one module."""
-    plans = SitePlans(activations.plans(named, facts), parameters.plans(named, facts))
+    plans = SitePlans(
+        activations.plans(named, facts),
+        parameters.plans(named, facts),
+        shared_arguments=facts.parallel["cp"].size == 1 and not named.in_expert,
+    )
     rule = plans.rule(spread=facts.parallel.spread)
     words: Mapping[str, str | None] = _words(named, facts)
 
@@ -122,7 +127,7 @@ def _sites(named: Named, facts: Facts) -> Iterator[Site]:
     if named.word.endswith(".core"):
         yield from _core_sites(named, site)
     if experts.dispatcher_of(named.module) is not None:
-        yield _routing(named)
+        yield _routing(named, spread=facts.parallel.spread)
     if facts.tied and facts.last_stage and not facts.first_stage and named.word == "lm_head":
         yield _tied(named, facts)
 
@@ -146,9 +151,12 @@ def _words(named: Named, facts: Facts) -> dict[str, str | None]:
         return {"input": None, "output.1": None, **dict.fromkeys(_NORM_PARAMETERS)}
     if parts.is_linear(named.module):
         tied = facts.tied and not facts.first_stage and named.word == "lm_head"
-        return {"output.1": None, **({"weight": None} if tied else {})}
-    return {}
+        return {"output.1": None, "input.weight": None, **({"weight": None} if tied else {})}
+    # A bias that is added later is a parameter, recorded as such.
+    return {"output.1": None} if named.word in _WITH_BIAS else {}
 
+
+_WITH_BIAS = ("attn", "cross_attn", "mlp", "mlp.shared_expert", "mixer")
 
 _NORM_PARAMETERS = {"layer_norm_weight": "weight", "layer_norm_bias": "bias"}
 """What Transformer Engine calls the parameters of a norm that it fused into a linear layer."""
@@ -179,6 +187,8 @@ def _fused_norm(named: Named, facts: Facts) -> Site:
 def _silent(named: Named) -> str | None:
     if named.native.endswith("core_attention.scale_mask_softmax"):
         return f"superseded by {named.name.rpartition('.')[0]} (probs)"
+    if isinstance(named.module, nn.Dropout) and named.module.p == 0:
+        return "a dropout of nothing: its output is its input"
     return None
 
 
@@ -192,7 +202,7 @@ def _core_sites(named: Named, site: Any) -> Iterator[Site]:
     yield site(f"{named.native}:products", _QUANTIZED, kind="function")
 
 
-def _routing(named: Named) -> Site:
+def _routing(named: Named, *, spread: bool) -> Site:
     """Which tokens the experts of an MoE layer get; hooked at the experts themselves."""
     return Site(
         f"{named.name}.experts",
@@ -201,7 +211,7 @@ def _routing(named: Named) -> Site:
         kind="function",
         tensors=experts.TENSORS,
         dims={"token_index": "token"},
-        placement=SitePlans({"token_index": Plan((), unknown=True)}).rule(spread=True),
+        placement=SitePlans().rule(spread=spread),
     )
 
 

@@ -24,6 +24,11 @@ class Named:
     module: nn.Module
 
     @property
+    def in_expert(self) -> bool:
+        """Is it the experts of an MoE layer, or inside of one?"""
+        return "experts" in self.name.split(".")
+
+    @property
     def word(self) -> str:
         """`layers.3.attn.qkv` -> `attn.qkv`, `layers.3` -> `layer`, an expert's without number."""
         words = self.name.split(".")

@@ -86,11 +86,7 @@ def _outputs(named: Named, facts: Facts) -> Axis:
 
 def _group(named: Named, facts: Facts) -> Group:
     """Experts have a tensor-parallel group of their own."""
-    return facts.parallel["etp"] if _is_expert(named) else facts.tp
-
-
-def _is_expert(named: Named) -> bool:
-    return "experts" in named.name.split(".")
+    return facts.parallel["etp"] if named.in_expert else facts.tp
 
 
 def _parts(named: Named, facts: Facts) -> tuple[Part, ...]:
@@ -109,7 +105,7 @@ def _of_mixer(named: Named, parameter: nn.Parameter, facts: Facts) -> Plan:
 
 def _sums(named: Named, parameter: nn.Parameter, facts: Facts) -> tuple[str, ...]:
     """Groups whose ranks have only a share of the gradient, until Megatron reduces it."""
-    if _is_expert(named):
+    if named.in_expert:
         return ("edp",) if facts.parallel["edp"].size > 1 else ()
     return (*facts.replicas, *_tensor_sum(named, parameter, facts), *_stage_sum(named, facts))
 

@@ -84,7 +84,7 @@ def of_output(named: Named, facts: Facts, axis: int) -> tuple[Part, ...]:
 
 
 def _width_word(named: Named) -> str:
-    if "experts" in named.name.split("."):
+    if named.in_expert:
         return "moe_ffn_hidden_size"
     if "shared_expert" in named.name.split("."):
         return "moe_shared_expert_intermediate_size"

@@ -64,10 +64,14 @@ Plans = Mapping[str, Plan]
 
 @dataclass(frozen=True, slots=True)
 class SitePlans:
-    """The plans of everything captured at one module."""
+    """The plans of everything captured at one module.
+
+    `shared_arguments`: further arguments (a mask, rotary angles) are the same on every rank.
+    """
 
     activations: Plans = field(default_factory=dict)
     parameters: Plans = field(default_factory=dict)
+    shared_arguments: bool = False
 
     @property
     def dims(self) -> dict[str, str]:
@@ -84,7 +88,8 @@ class SitePlans:
             backward = phase == "backward" and tensor.startswith("grad_")
             plan = plans.get(tensor.removeprefix("grad_") if backward else tensor)
             if plan is None:
-                return Placement(unknown=True) if spread else None
+                whole = self.shared_arguments and tensor.startswith("input.")
+                return Placement(unknown=True) if spread and not whole else None
             return plan.place(value, gradient=backward or phase == "grad")
 
         return place
