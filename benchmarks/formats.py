@@ -2,8 +2,8 @@
 
     python benchmarks/formats.py [--size 2048] [--threads 2]
 
-Milliseconds for a size x size tensor, the best of interleaved repetitions, and how often tensortap
-fits into the peer's time. `fake` goes by the compiled kernel; `torch` is what runs where there is
+Milliseconds for a size x size tensor, the best of interleaved repetitions, and how often our best
+time fits into the peer's. `fake` goes by the compiled kernel; `torch` is what runs where there is
 none, and on other devices; `codes` is quantising and dequantising apart.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import statistics
 import time
 from collections.abc import Callable
 from unittest import mock
@@ -25,7 +24,7 @@ from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_am
 from tensortap import formats, native
 
 Way = Callable[[], object]
-REPETITIONS = 11
+REPETITIONS = 25
 ELEMENTS = {
     "mxfp8": torch.float8_e4m3fn,
     "mxfp8_e5m2": torch.float8_e5m2,
@@ -69,19 +68,19 @@ def by_torch(codec: formats.Codec, x: torch.Tensor) -> torch.Tensor:
         return codec.fake_quantize(x)
 
 
-def seconds(ways: list[Way]) -> list[list[float]]:
-    """The times of each way, all taking turns."""
-    spent: list[list[float]] = [[] for _ in ways]
+def seconds(ways: list[Way]) -> list[float]:
+    """The best time of each way, all taking turns."""
+    best = [float("inf")] * len(ways)
     for _ in range(REPETITIONS):
         for at, way in enumerate(ways):
             start = time.perf_counter()
             way()
-            spent[at].append(time.perf_counter() - start)
-    return spent
+            best[at] = min(best[at], time.perf_counter() - start)
+    return best
 
 
 def line(name: str, x: torch.Tensor) -> str:
-    """Best milliseconds of each way, and the median of the rounds' ratios."""
+    """Milliseconds of each way, and their ratios to the peer's."""
     codec = formats.get(name)
     ways: list[Way] = [
         lambda: codec.fake_quantize(x),
@@ -91,12 +90,10 @@ def line(name: str, x: torch.Tensor) -> str:
     ]
     other = peer(name, x)
     spent = seconds(ways if other is None else [*ways, other])
-    cells = [f"{min(times) * 1e3:9.2f}" for times in spent]
+    cells = [f"{way * 1e3:9.2f}" for way in spent]
     if other is None:
         return "".join(cells) + f"{'-':>9}"
-    for mine in (spent[0], spent[2], spent[3]):
-        rounds = zip(spent[4], mine, strict=True)
-        cells.append(f"{statistics.median(theirs / own for theirs, own in rounds):8.1f}x")
+    cells += [f"{spent[4] / spent[at]:8.1f}x" for at in (0, 2, 3)]
     return "".join(cells)
 
 

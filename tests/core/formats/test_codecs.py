@@ -137,6 +137,30 @@ def test_codes_of_another_format_are_refused() -> None:
         formats.get("nvfp4").dequantize(quantized)
 
 
+@pytest.mark.parametrize("name", ["mxfp8", "mxfp4", "nvfp4", "int4"])
+def test_scales_that_are_not_those_of_the_codes_are_refused(name: str) -> None:
+    codec = formats.get(name)
+    good = codec.quantize(torch.randn(4, 256))
+    assert good.scales is not None
+    short, elsewhere = good.scales[:, :1], good.scales.to("meta")
+    with pytest.raises(ConfigError, match=r"codes of \(4, 256\) .* need scales of \(4, "):
+        codec.dequantize(dataclasses.replace(good, scales=short))
+    with pytest.raises(ConfigError, match="codes are on cpu, their scales on meta"):
+        codec.dequantize(dataclasses.replace(good, scales=elsewhere))
+    with pytest.raises(ConfigError, match=r"codes of \(2, 256\) for a tensor of \(4, 256\)"):
+        codec.dequantize(dataclasses.replace(good, codes=good.codes[:2]))
+    with pytest.raises(ConfigError, match="have no values"):
+        codec.dequantize(dataclasses.replace(good, scales=None))
+
+
+def test_codes_without_their_one_scale_are_refused() -> None:
+    for name, field in (("int8", "scales"), ("nvfp4", "tensor_scale")):
+        codec = formats.get(name)
+        bare = dataclasses.replace(codec.quantize(torch.randn(32)), **{field: None})
+        with pytest.raises(ConfigError, match="have no values without"):
+            codec.dequantize(bare)
+
+
 def test_quantised_data_is_frozen() -> None:
     quantized = formats.get("mxfp4").quantize(torch.ones(4))
     with pytest.raises(dataclasses.FrozenInstanceError):

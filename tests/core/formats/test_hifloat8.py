@@ -142,6 +142,13 @@ def test_hybrid_rounding_is_right_on_average() -> None:
     assert float(found.mean()) == pytest.approx(float(x.mean()), abs=0.02)
 
 
+def test_hybrid_rounding_goes_up_wherever_the_low_bits_are_zero() -> None:
+    """A consequence of its rule that is easily taken for a mistake: it is meant for float32."""
+    codec = formats.get("hifp8", rounding="hybrid")
+    x = torch.tensor([1.0, 7.5, 16.0, 17.0, -16.0, 512.0, 2.0**-16])
+    assert codec.fake_quantize(x).tolist() == [1.0, 7.5, 20.0, 20.0, -20.0, 768.0, 2.0**-15]
+
+
 def test_options_are_said_in_the_record() -> None:
     for rounding, overflow in itertools.product(("ta", "hybrid"), ("inf", "saturate")):
         info = formats.get("hifp8", rounding=rounding, overflow=overflow).info

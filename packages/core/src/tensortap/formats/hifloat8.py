@@ -29,6 +29,8 @@ class HiFloat8:
     `rounding="ta"`: nearest, ties away from zero. `"hybrid"`: the same for exponents of -3 to 3,
     else up if the 14 bits after the mantissa are at least the 14 lowest bits of the float32
     (float64 is rounded to float32 first): a cheap, deterministic stand-in for stochastic rounding.
+    It needs noise in those low bits: where they are 0, as in every bfloat16 and most float16, the
+    rule rounds up always, even a value on the grid.
     `overflow="inf"`: what rounds above 32768 becomes infinite. `"saturate"`: it becomes 32768,
     and NaN becomes 0, as in training.
     """

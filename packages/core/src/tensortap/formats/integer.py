@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from tensortap.errors import ConfigError
 from tensortap.formats import blocks
 from tensortap.formats.codec import Quantized, check_format, resolve_axis, working
 from tensortap.records import FormatInfo
@@ -47,7 +48,8 @@ class Int8:
     @torch.no_grad()
     def dequantize(self, quantized: Quantized) -> torch.Tensor:
         check_format(quantized, self.name)
-        assert quantized.scales is not None
+        if quantized.scales is None:
+            raise ConfigError("codes of int8 have no values without their scales.")
         return quantized.codes.to(quantized.scales.dtype) * quantized.scales
 
     @torch.no_grad()
@@ -97,12 +99,11 @@ class Int4:
     @torch.no_grad()
     def dequantize(self, quantized: Quantized) -> torch.Tensor:
         check_format(quantized, self.name)
-        assert quantized.scales is not None
-        assert quantized.axis is not None
+        scales, axis = blocks.placed_scales(quantized, self.group)
         signed = (quantized.codes.to(torch.int32) ^ 8) - 8
-        parts = blocks.split(signed, quantized.axis, self.group)
-        values = parts.to(quantized.scales.dtype) * quantized.scales.unsqueeze(quantized.axis + 1)
-        return blocks.join(values, quantized.axis, quantized.shape)
+        parts = blocks.split(signed, axis, self.group)
+        values = parts.to(scales.dtype) * scales.unsqueeze(axis + 1)
+        return blocks.join(values, axis, quantized.shape)
 
     @torch.no_grad()
     def fake_quantize(self, x: torch.Tensor, axis: int = -1) -> torch.Tensor:

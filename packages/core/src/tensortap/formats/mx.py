@@ -51,12 +51,11 @@ class MX:
     @torch.no_grad()
     def dequantize(self, quantized: Quantized) -> torch.Tensor:
         check_format(quantized, self.name)
-        assert quantized.scales is not None
-        assert quantized.axis is not None
-        codes, axis = quantized.codes.view(torch.uint8), quantized.axis
+        stored, axis = blocks.placed_scales(quantized, self.block)
+        codes = quantized.codes.view(torch.uint8)
         wide = quantized.dtype is torch.float64
         dtype = torch.float64 if wide else torch.float32
-        scales = power_of_two(quantized.scales.to(torch.int32), dtype)
+        scales = power_of_two(stored.to(torch.int32), dtype)
         if not wide and compiled.serves(codes):
             found = compiled.decode(codes, value_table(self.element), scales, axis, self.block)
             assert found is not None

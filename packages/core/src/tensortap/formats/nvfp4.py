@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tensortap.errors import ConfigError
 from tensortap.formats import blocks, compiled
 from tensortap.formats.codec import Quantized, check_format, compact, in_float32, resolve_axis
 from tensortap.formats.minifloat import E2M1, E4M3, decode, encode, round_even, value_table
@@ -50,11 +51,10 @@ class NVFP4:
     @torch.no_grad()
     def dequantize(self, quantized: Quantized) -> torch.Tensor:
         check_format(quantized, self.name)
-        assert quantized.scales is not None
-        assert quantized.axis is not None
-        assert quantized.tensor_scale is not None
-        codes, axis = quantized.codes, quantized.axis
-        scales = quantized.tensor_scale * quantized.scales.to(torch.float32)
+        stored, axis = blocks.placed_scales(quantized, self.block)
+        if quantized.tensor_scale is None:
+            raise ConfigError("codes of nvfp4 have no values without their tensor_scale.")
+        codes, scales = quantized.codes, quantized.tensor_scale * stored.to(torch.float32)
         values = None
         if compiled.serves(codes):
             values = compiled.decode(codes, value_table(E2M1), scales, axis, self.block)

@@ -1,4 +1,4 @@
-"""The compiled statistics kernel: found in the wheel, else compiled once per user, else absent.
+"""The compiled kernel of statistics and formats: in the wheel, else compiled once, else absent.
 
 `TENSORTAP_NATIVE=0` keeps to torch; `status()` says which is used and why.
 """
@@ -19,7 +19,7 @@ __all__ = ["Library", "Status", "library", "load", "status"]
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """What computes the statistics of CPU tensors; `reason` is a phrase for people."""
+    """What computes statistics and formats of CPU tensors; `reason` is a phrase for people."""
 
     native: bool
     reason: str
