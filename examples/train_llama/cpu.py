@@ -4,10 +4,10 @@ Megatron-core writes `device="cuda"` in many places although nothing in them nee
 `run_on_cpu` redirects these for one process. The example and the tests use it; tensortap itself
 never does.
 
-What runs with it, over gloo: tensor, sequence, pipeline, data and expert parallelism, the pipeline
-schedules, DistributedDataParallel with `main_grad`, Megatron's optimizers, distributed checkpoints.
-Context parallelism, for which Megatron needs Transformer Engine, runs with keys and values gathered
-along the sequence. What does not run: Transformer Engine, Apex, CUDA graphs.
+What runs with it, over gloo: tensor, sequence, pipeline (also with virtual stages), data and expert
+parallelism, DistributedDataParallel with `main_grad`, Megatron's optimizers and its distributed
+checkpoints. Context parallelism, for which Megatron needs Transformer Engine, runs with keys and
+values gathered along the sequence. What does not run: Transformer Engine, Apex, CUDA graphs.
 """
 
 from __future__ import annotations
@@ -223,8 +223,11 @@ def _is_cuda(device: Any) -> bool:
 
 
 def leave() -> None:
-    """End this process after `torch.distributed`: gloo's threads may abort a normal exit."""
+    """End this process after the others are done: gloo's threads may abort a normal exit."""
     torch.distributed.barrier()
+    if torch.cuda.is_available():
+        torch.distributed.destroy_process_group()
+        return
     for child in multiprocessing.active_children():
         # Megatron's checkpoint keeps a server that a hard exit would leave behind.
         child.terminate()

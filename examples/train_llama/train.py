@@ -32,12 +32,15 @@ from options import one_line_errors, parse
 from report import Report, mean_over_ranks
 from torch import Tensor
 
+CAPTURE = ("TENSOR_SAVE_ENABLED", "TENSOR_SAVE_DIR", "TENSORTAP_ENABLED")
+
 
 @contextmanager
 def instruments(model: DistributedDataParallel) -> Iterator[None]:
     """What the environment asks for, until the end of the block; plain training if nothing.
 
-    CUSTOM_QUANT_TYPE quantises every product, TENSOR_SAVE_ENABLED writes tensors to a run.
+    CUSTOM_QUANT_TYPE quantises every product; the variables in CAPTURE write tensors to a run,
+    and `attach` reads from them where to.
     """
     with ExitStack() as stack:
         with one_line_errors():
@@ -45,7 +48,7 @@ def instruments(model: DistributedDataParallel) -> Iterator[None]:
                 from tensortap_megatron import quantize
 
                 stack.enter_context(quantize(model))
-            if os.environ.get("TENSOR_SAVE_ENABLED"):
+            if any(os.environ.get(name) for name in CAPTURE):
                 import tensortap
 
                 stack.enter_context(tensortap.attach(model))

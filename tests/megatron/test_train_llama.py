@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
 import os
 import re
@@ -331,6 +333,13 @@ def test_capturing_changes_no_loss_and_records_every_rank(tmp_path, hf_folder, p
     assert torch.equal(weights, expected)
 
 
+def test_capturing_that_is_switched_off_leaves_plain_training(tmp_path, hf_folder, plain):
+    environment = {"TENSOR_SAVE_ENABLED": "0", "TENSOR_SAVE_DIR": str(tmp_path)}
+    ran = train("--steps", "2", "--hf-model", hf_folder, **environment)
+    assert ran.losses == plain.losses[:2]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_number_format_is_chosen_by_the_environment(hf_folder, plain):
     start = ["--steps", "4", "--hf-model", hf_folder]
     quantised = train(*start, CUSTOM_QUANT_TYPE="mxfp4")
@@ -387,6 +396,23 @@ def test_options_that_contradict_are_refused_in_words(arguments, said, capsys):
         options.parse(arguments.split())
     assert stopped.value.code == 2
     assert said in capsys.readouterr().err
+
+
+def test_the_readme_names_every_option_and_its_commands_are_valid(monkeypatch):
+    text = (EXAMPLE / "README.md").read_text()
+    listed = set(re.findall(r"`(--[a-z-]+)`", text[text.index("## Options") :]))
+    with pytest.raises(SystemExit), contextlib.redirect_stdout(io.StringIO()) as shown:
+        options.parse(["--help"])
+    known = set(re.findall(r"--[a-z-]+", shown.getvalue())) - {"--help"}
+    assert known <= listed
+
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    commands = re.findall(r"examples/train_llama/train\.py(.*?)(?:\n|`)", text)
+    assert len(commands) > 5
+    for command in commands:
+        words = [{"TOKENIZER_DIR": ".", "DTYPE": "fp8"}.get(w, w) for w in command.split()]
+        batch = [] if "--global-batch" in words else ["--global-batch", "64"]
+        options.parse([*words, *batch])
 
 
 def test_without_a_gpu_cuda_means_the_cpu_until_the_block_ends():
