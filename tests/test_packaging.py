@@ -11,13 +11,14 @@ import zipfile
 from dataclasses import dataclass
 from email import message_from_string
 from email.message import Message
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-import transformers
 from packaging.requirements import Requirement
 
-from tensortap_hf.integration import TESTED
+import tensortap_hf.integration
+import tensortap_megatron.integration
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {
@@ -103,7 +104,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Wheel]:
 
 @pytest.fixture(scope="session")
 def fresh(wheels: dict[str, Wheel], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Python of an environment into which only `pip install "tensortap[hf]"` was run.
+    """The Python of an environment into which only `pip install "tensortap[hf,megatron]"` was run.
 
     Third-party packages, pip among them, are lent to it from here, to save time and the network.
     Ours are not: the wheels are their only source.
@@ -115,8 +116,8 @@ def fresh(wheels: dict[str, Wheel], tmp_path_factory: pytest.TempPathFactory) ->
     lent = lend_third_party(home / "lent")
     Path(packages, "lent.pth").write_text(f"{lent}\n")
     folder = wheels["tensortap"].path.parent
-    run(python, "-m", "pip", "install", "--no-index", "--find-links", folder, "tensortap[hf]",
-        cwd=home)  # fmt: skip
+    run(python, "-m", "pip", "install", "--no-index", "--find-links", folder,
+        "tensortap[hf,megatron]", cwd=home)  # fmt: skip
     return python
 
 
@@ -179,20 +180,32 @@ def test_the_extra_all_names_every_plugin(wheels: dict[str, Wheel]) -> None:
 
 
 def test_the_integration_is_found_under_the_name_of_its_framework(wheels: dict[str, Wheel]) -> None:
-    assert list(wheels["tensortap-hf"].entry_points["tensortap.integrations"]) == ["transformers"]
+    for dist, framework in (
+        ("tensortap-hf", "transformers"),
+        ("tensortap-megatron", "megatron.core"),
+    ):
+        assert list(wheels[dist].entry_points["tensortap.integrations"]) == [framework]
+    assert list(wheels["tensortap-megatron"].entry_points["tensortap.layouts"]) == ["megatron-pt"]
     assert wheels["tensortap"].entry_points["console_scripts"]["tensortap"] == "tensortap.cli:main"
-    placeholders = ("tensortap-megatron", "tensortap-neuron", "tensortap-analysis")
+    placeholders = ("tensortap-neuron", "tensortap-analysis")
     assert not any(wheels[dist].entry_points.sections() for dist in placeholders)
 
 
+@pytest.mark.parametrize(
+    ("dist", "framework", "tested"),
+    [
+        ("tensortap-hf", "transformers", tensortap_hf.integration.TESTED),
+        ("tensortap-megatron", "megatron-core", tensortap_megatron.integration.TESTED),
+    ],
+)
 def test_the_framework_is_an_extra_that_states_the_range_the_integration_checks(
-    wheels: dict[str, Wheel],
+    wheels: dict[str, Wheel], dist: str, framework: str, tested: tuple[str, str]
 ) -> None:
-    oldest, newest = TESTED
-    framework = wheels["tensortap-hf"].requires("framework")
-    assert set(framework) == {"transformers"}
-    assert framework["transformers"].specifier == Requirement(f"x>={oldest},<{newest}").specifier
-    assert transformers.__version__ in framework["transformers"].specifier
+    oldest, newest = tested
+    needed = wheels[dist].requires("framework")
+    assert set(needed) == {framework}
+    assert needed[framework].specifier == Requirement(f"x>={oldest},<{newest}").specifier
+    assert version(framework) in needed[framework].specifier
 
 
 @EVERY
@@ -240,6 +253,40 @@ def test_installed_from_wheels_a_transformers_model_has_canonical_names(
     script += 'assert "layers.0.attn.core/forward/query" in sink.names(), sink.names()\n'
     where = run(fresh, "-c", script, cwd=tmp_path).stdout.strip()
     assert Path(where).is_relative_to(fresh.parent.parent)
+
+
+MEGATRON = """
+import sys, tensortap, tensortap_megatron, torch
+assert "megatron" not in sys.modules, "importing the plugin imported the framework"
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+class Model(MegatronModule):
+    def __init__(self):
+        super().__init__(TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1))
+        self.output_layer = torch.nn.Linear(8, 3)
+    def forward(self, x): return self.output_layer(x)
+model = Model()
+with tensortap.attach(model, sink := tensortap.MemorySink()): model(torch.ones(2, 8))
+assert "lm_head/forward/output" in sink.names(), sink.names()
+print(tensortap_megatron.__file__)
+"""
+
+
+def test_installed_from_wheels_a_megatron_model_has_canonical_names(
+    fresh: Path, tmp_path: Path
+) -> None:
+    where = run(fresh, "-W", "ignore", "-c", MEGATRON, cwd=tmp_path).stdout.strip()
+    assert Path(where).is_relative_to(fresh.parent.parent)
+
+
+def test_installing_a_plugin_installs_no_framework(fresh: Path) -> None:
+    """Nobody wants pip to change their Megatron: what pip put there are our own packages."""
+    installed = (fresh.parent.parent / "lib").glob("python*/site-packages/*.dist-info")
+    assert {path.name.partition("-")[0] for path in installed} == {
+        "tensortap",
+        "tensortap_hf",
+        "tensortap_megatron",
+    }
 
 
 def test_installed_from_wheels_the_command_line_answers(fresh: Path, tmp_path: Path) -> None:

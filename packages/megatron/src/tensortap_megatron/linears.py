@@ -19,7 +19,7 @@ BACKWARD = ("weight", "grad_output_quantized", "grad_input_local")
 _PRODUCTS = (
     "LinearWithGradAccumulationAndAsyncCommunicationBackward",
     "LinearWithFrozenWeightBackward",
-    "_ProductsBackward",
+    "QuantizedLinearBackward",
     "_LinearBackward",
 )
 """Autograd nodes of the product itself: Megatron's, ours, Transformer Engine's."""

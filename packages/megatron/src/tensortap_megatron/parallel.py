@@ -89,6 +89,6 @@ def _global(name: str) -> Any:
         "expt_dp": parallel_state.get_expert_data_parallel_group,
     }
     try:
-        return getters[name](check_initialized=False)
-    except AssertionError:  # How some versions say that a group was never made.
+        return getters[name]()
+    except AssertionError:  # How Megatron says that a group was never made.
         return None
