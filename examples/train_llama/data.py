@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,21 +20,31 @@ CHECKED = 1 << 20
 """Tokens looked at before training; a dataset can be too large to look at all of them."""
 
 
-def load_tokens(options: Namespace, vocab_size: int) -> np.ndarray:
-    """All tokens in a row; raises `ValueError` where they do not exist or do not fit the model."""
-    tokens = _read(options.data, options.tokenizer or _own_tokenizer(options.hf_model))
-    if len(tokens) <= options.seq_length:
-        raise ValueError(f"--data {options.data} has {len(tokens)} tokens, too few for one sample.")
-    _check_ids(tokens[:CHECKED], vocab_size)
-    return tokens
+@dataclass(frozen=True)
+class Corpus:
+    """All tokens in a row, and the vocabulary of the model they are for."""
+
+    ids: np.ndarray
+    vocab_size: int
+
+    def check(self, ids: np.ndarray) -> None:
+        """Raise `ValueError` for an id beyond the vocabulary."""
+        # A parallel embedding takes it for another rank's row: no error, and zeros.
+        if ids.max() >= self.vocab_size:
+            raise ValueError(
+                f"The data has the token id {ids.max()}, the model a vocabulary of "
+                f"{self.vocab_size}: --hf-model and --tokenizer must fit --data."
+            )
 
 
-def _check_ids(tokens: np.ndarray, vocab_size: int) -> None:
-    # Megatron's parallel embedding takes an id beyond its rows for a neighbour's: no error, zeros.
-    if tokens.max() >= vocab_size:
-        raise ValueError(
-            f"The data has the token id {tokens.max()}, the model a vocabulary of {vocab_size}."
-        )
+def load_corpus(options: Namespace, vocab_size: int) -> Corpus:
+    """Raises `ValueError` where the data do not exist, are too short or do not fit the model."""
+    ids = _read(options.data, options.tokenizer or _own_tokenizer(options.hf_model))
+    if len(ids) <= options.seq_length:
+        raise ValueError(f"--data {options.data} has {len(ids)} tokens, too few for one sample.")
+    corpus = Corpus(ids, vocab_size)
+    corpus.check(ids[:CHECKED])
+    return corpus
 
 
 def _read(data: str, tokenizer: Path | None) -> np.ndarray:
@@ -60,7 +71,7 @@ def _tokenize(text: str, folder: Path) -> np.ndarray:
 
 
 def microbatches(
-    tokens: np.ndarray, options: Namespace, step: int, device: torch.device
+    corpus: Corpus, options: Namespace, step: int, device: torch.device
 ) -> Iterator[Batch]:
     """The microbatches of one step that are this rank's.
 
@@ -73,8 +84,9 @@ def microbatches(
         replica * options.micro_batch, options.global_batch, replicas * options.micro_batch
     ):
         places = range(first, first + options.micro_batch)
-        samples = [_sample(tokens, options, step, place) for place in places]
-        yield _batch(torch.from_numpy(np.stack(samples)), device)
+        samples = np.stack([_sample(corpus.ids, options, step, place) for place in places])
+        corpus.check(samples)
+        yield _batch(torch.from_numpy(samples), device)
 
 
 def _sample(tokens: np.ndarray, options: Namespace, step: int, place: int) -> np.ndarray:

@@ -12,6 +12,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
+    HAVE_APEX,
     HAVE_TE,
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -111,12 +112,20 @@ def choose_model(options: Namespace) -> Llama:
 
 def choose_spec(options: Namespace) -> str:
     """`local` or `te`; raises `ValueError` where Transformer Engine is asked for and missing."""
-    usable = HAVE_TE and torch.cuda.is_available()
+    gpu = torch.cuda.is_available()
+    usable = HAVE_TE and gpu
     spec = options.spec or ("te" if usable else "local")
     if spec == "te" and not usable:
         raise ValueError("--spec te needs a GPU and Transformer Engine; --spec local does not.")
     if options.dtype == "fp8" and spec != "te":
         raise ValueError("--dtype fp8 needs a GPU and Transformer Engine: try --dtype bf16.")
+    if (
+        gpu
+        and spec == "local"
+        and (options.cp > 1 or (options.sequence_parallel and not HAVE_APEX))
+    ):
+        # Without a GPU, run_on_cpu stands in for both.
+        raise ValueError("--cp and --sequence-parallel need Transformer Engine on GPUs: --spec te.")
     return spec
 
 

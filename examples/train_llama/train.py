@@ -1,4 +1,3 @@
-# ruff: noqa: E402
 """Trains a small Llama with Megatron-core, and captures or quantises its tensors on request.
 
     torchrun --nproc-per-node 2 examples/train_llama/train.py --tp 2
@@ -11,9 +10,10 @@ from __future__ import annotations
 import os
 import warnings
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
+# ruff: noqa: E402
 # Megatron says at every import that Apex and Transformer Engine would make it faster, and calls
 # what torch renamed.
 warnings.filterwarnings("ignore", module="megatron")
@@ -21,7 +21,7 @@ warnings.filterwarnings("ignore", category=FutureWarning)
 
 import checkpoint
 from cpu import leave, run_on_cpu
-from data import Batch, load_tokens, microbatches
+from data import Batch, load_corpus, microbatches
 from launch import build, start
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
@@ -59,14 +59,14 @@ def train(options: Namespace) -> None:
     device = start(options)
     with one_line_errors():
         llama = choose_model(options)
-        tokens = load_tokens(options, llama.vocab_size)
+        corpus = load_corpus(options, llama.vocab_size)
         report = Report(options.tensorboard)
         model, optimizer = build(llama, options, device)
     done = checkpoint.resume(options, model, optimizer)
     report.begin(options, model, done)
     with instruments(model):
         for step in range(done, options.steps):
-            batches = microbatches(tokens, options, step, device)
+            batches = microbatches(corpus, options, step, device)
             losses, norm = train_step(model, optimizer, batches, options)
             report.step(step, mean_over_ranks(losses, device), norm)
             checkpoint.save_if_due(options, step + 1, model, optimizer)
@@ -96,7 +96,10 @@ def train_step(
     return losses, norm if updated else None
 
 
-def forward_step(batches: Iterator[Batch], model: DistributedDataParallel):
+def forward_step(
+    batches: Iterator[Batch], model: DistributedDataParallel
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor]]]:
+    """What Megatron's schedules call for every microbatch, on every pipeline stage."""
     batch = next(batches)
     losses = model(batch["tokens"], batch["positions"], None, labels=batch["labels"])
     return losses, mean_loss

@@ -256,8 +256,7 @@ def test_an_indexed_dataset_trains_as_the_text_it_was_made_of(tmp_path, hf_folde
     text = np.frombuffer(options.TEXT.read_bytes(), dtype=np.uint8)
     builder = IndexedDatasetBuilder(str(tmp_path / "play.bin"), dtype=np.uint16)
     for document in np.array_split(text, 7):
-        tokens = torch.from_numpy(document.astype(np.int64))
-        builder.add_document(tokens, [len(tokens)])
+        builder.add_document(document.astype(np.uint16), [len(document)])
     builder.finalize(str(tmp_path / "play.idx"))
     ran = train("--steps", "4", "--hf-model", hf_folder, "--data", tmp_path / "play")
     assert ran.losses == plain.losses
@@ -278,7 +277,7 @@ def test_a_text_goes_through_the_models_own_tokenizer(tmp_path):
     ):
         given = Namespace(data=str(tmp_path / "text"), seq_length=8, **chosen)
         expected = [vocabulary[word] for word in words]
-        assert data.load_tokens(given, len(vocabulary)).tolist() == expected
+        assert data.load_corpus(given, len(vocabulary)).ids.tolist() == expected
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
@@ -374,10 +373,25 @@ def test_tokens_beyond_the_vocabulary_are_refused(tmp_path):
     assert "a vocabulary of 64" in refusal("--hf-model", tmp_path)
 
 
+def test_a_large_token_far_into_the_data_is_refused_when_it_is_drawn():
+    corpus = data.Corpus(np.arange(300), vocab_size=256)
+    corpus.check(corpus.ids[:256])
+    with pytest.raises(ValueError, match="token id 256, the model a vocabulary of 256"):
+        corpus.check(corpus.ids[1:257])
+
+
 def test_tensorboard_that_is_not_installed_is_said_before_training(tmp_path):
     (tmp_path / "tensorboard.py").write_text("raise ImportError")
     line = refusal("--tensorboard", tmp_path / "out", PYTHONPATH=str(tmp_path))
     assert "pip install tensorboard" in line
+
+
+@pytest.mark.parametrize("arguments", ["--cp 2", "--tp 2 --sequence-parallel"])
+def test_gpus_without_transformer_engine_are_told_what_needs_it(arguments, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match="need Transformer Engine"):
+        model.choose_spec(options.parse(["--spec", "local", *arguments.split()]))
 
 
 @pytest.mark.parametrize(
