@@ -22,7 +22,7 @@ PINNED_TORCH := $(shell grep '^torch==' constraints.txt)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 BUILD_TOOLS := hatchling editables
-DEV_TOOLS := pytest pytest-xdist hypothesis mypy ruff
+DEV_TOOLS := pytest pytest-xdist hypothesis mypy ruff tensorboard
 # What the number formats are compared with. en-dtypes has wheels for these machines only.
 ORACLES := gfloat ml_dtypes torchao "en-dtypes; python_version < '3.13' and \
     sys_platform == 'linux' and platform_machine == 'x86_64'"
@@ -97,7 +97,7 @@ $(VENV)/demo.stamp: $(VENV)/python$(VERSION).stamp $(INPUTS)
 $(VENV)/dev.stamp: $(VENV)/demo.stamp
 	@echo "installing the other packages and the tools for tests into $(VENV)"
 	@$(VENV)/bin/python $(PIP) install -c constraints.txt --no-build-isolation $(DEV_TOOLS) \
-	    $(ORACLES) -e packages/megatron -e packages/neuron -e packages/analysis
+	    $(ORACLES) -e "packages/megatron[framework]" -e packages/neuron -e packages/analysis
 	@touch $@
 
 $(PEER)/peer.stamp: $(PEER)/python$(VERSION).stamp constraints.txt

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tests.core.models import Mlp
 
 import tensortap
 from tensortap.cli import main
+from tensortap.testing import example_record
 
 
 @pytest.fixture
@@ -162,6 +164,30 @@ def test_export_and_import_give_the_same_run_again(cli, run, tmp_path):
         assert torch.equal(after.piece(same), before.piece(record))
 
 
+def test_ranks_of_a_spread_run_are_exported_and_imported_apart(cli, tmp_path):
+    """Two tensor-parallel ranks: the copy assembles to the same logical tensor."""
+    piece = torch.arange(6.0).reshape(2, 3)
+    for rank in (0, 1):
+        parallel = {"tp": 2, "tp_rank": rank}
+        info = tensortap.RunInfo("launch", "", rank=rank, world_size=2, parallel=parallel)
+        placement = tensortap.Placement((4, 3), {0: ((2 * rank, 2),)})
+        record = example_record(0, piece + 10 * rank)
+        sink = tensortap.RunDirectorySink(tmp_path / "run")
+        sink.open(info)
+        at = replace(record.at, rank=rank)
+        sink.write(replace(record, at=at, placement=placement), piece + 10 * rank)
+        sink.end_step(0)
+        sink.close()
+    cli("export", tmp_path / "run", "--out", tmp_path / "pt")
+    assert cli("import", tmp_path / "pt", "--out", tmp_path / "back")[0] == 0
+    before, after = tensortap.open_run(tmp_path / "run"), tensortap.open_run(tmp_path / "back")
+    assert after.ranks == [0, 1]
+    [name] = before.names()
+    expected = torch.cat([piece, piece + 10])
+    assert torch.equal(before.tensor(name), expected)
+    assert torch.equal(after.tensor(name), expected)
+
+
 def test_a_pt_file_is_loadable_with_weights_only_and_holds_its_record(cli, run, tmp_path):
     cli("export", run, "--out", tmp_path / "pt", "--select", "up/forward/output")
     files = sorted((tmp_path / "pt").glob("*.pt"))
@@ -177,10 +203,10 @@ def test_a_pt_file_that_runs_code_is_refused(cli, tmp_path):
             return print, ("hacked",)
 
     (tmp_path / "evil").mkdir()
-    torch.save({"tensor": Evil(), "record": {}}, tmp_path / "evil" / "0.pt")
+    torch.save({"tensor": Evil(), "record": {}}, tmp_path / "evil" / "00000_0_x.pt")
     code, out, err = cli("import", tmp_path / "evil", "--out", tmp_path / "run")
     assert code == 2
-    assert "0.pt is not a tensor file" in err
+    assert "00000_0_x.pt is not a tensor file" in err
     assert "hacked" not in out
 
 

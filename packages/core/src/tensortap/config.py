@@ -78,16 +78,24 @@ class Settings:
 
     @classmethod
     def resolve(
-        cls, given: Mapping[str, Any], environ: Mapping[str, str] | None = None
+        cls,
+        given: Mapping[str, Any],
+        environ: Mapping[str, str] | None = None,
+        *,
+        values: Values = "stats",
     ) -> Settings:
-        """Merge keyword arguments with the environment; raises `ConfigError`."""
+        """Merge keyword arguments with the environment; raises `ConfigError`.
+
+        `values` is the default of the sink in use.
+        """
         unknown = [key for key in given if key not in _READERS]
         if unknown:
             raise ConfigError(
                 f"attach() has no option {unknown[0]!r}; did you mean "
                 f"{nearest(unknown[0], _READERS, 1)}? Options: {', '.join(_READERS)}."
             )
-        chosen = _from_environment(os.environ if environ is None else environ)
+        chosen: dict[str, Any] = {"values": ValueRules.parse(values)}
+        chosen |= _from_environment(os.environ if environ is None else environ)
         for key, value in given.items():
             if value is not None:
                 chosen[key] = _read(key, key, value)

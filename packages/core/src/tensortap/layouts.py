@@ -7,25 +7,18 @@ group `tensortap.layouts`.
 
 from __future__ import annotations
 
-import json
-import re
-import uuid
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import importlib
+from collections.abc import Callable, Iterable
+from copy import copy
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Protocol
 
-import torch
-
-from tensortap.coverage import Coverage
 from tensortap.discovery import load_plugin
 from tensortap.errors import ConfigError, RunError, RunExists, nearest
-from tensortap.records import RunInfo, TensorRecord
-from tensortap.sinks import CoverageSink, TensorSink
-from tensortap.store import Run
-from tensortap.store.codec import decode_record, encode_record
-from tensortap.store.documents import decode_info, encode_document, encode_info, read_document
+from tensortap.sinks import TensorSink
+from tensortap.store import Run, RunDirectorySink
 
 Progress = Callable[[int], None]
 """Called with the number of records done so far."""
@@ -54,7 +47,7 @@ class Layout(Protocol):
 
 def layouts() -> dict[str, Layout]:
     """Every layout installed, by name; a broken plugin raises `PluginError`."""
-    found: dict[str, Layout] = {"pt": PtLayout()}
+    found: dict[str, Layout] = {"pt": importlib.import_module("tensortap.pt_layout").PtLayout()}
     for entry in entry_points(group="tensortap.layouts"):
         found[entry.name] = load_plugin(entry)
     return found
@@ -80,76 +73,14 @@ def new_folder(path: Path) -> Path:
     return path
 
 
-class PtLayout:
-    """`pt`: one dictionary `{"tensor": …, "record": …}` a file, and `run.json` beside them.
+def sinks_of_ranks(
+    sink: TensorSink, ranks: Iterable[int]
+) -> list[tuple[TensorSink, tuple[int, ...]]]:
+    """Unopened sinks for an import, each with the ranks whose records it takes.
 
-    Files are named `<rank>_<seq>_<name>.pt` with dots for slashes; what counts on import is the
-    record inside, whose fields are those of a line of `records.jsonl`.
+    A run directory's sink writes a single rank, so every rank gets a twin with the same options;
+    any other sink takes them all.
     """
-
-    name = "pt"
-
-    def export(self, run: Run, out: Path, select: str, progress: Progress) -> Moved:
-        """See `Layout.export`; records without values are skipped, and counted."""
-        records = run.records(select)
-        new_folder(out)
-        (out / "run.json").write_bytes(encode_document(encode_info(run.info)))
-        skipped = [f"{run.path}: exported as far as it goes, but {p}" for p in run.problems]
-        written = 0
-        for count, record in enumerate(records, start=1):
-            if record.values == "stats":
-                skipped.append(f"{record.name}: statistics only; capture with values='full'")
-            else:
-                # A copy: torch.save would write the whole shard behind a mapped view.
-                tensor = run.piece(record).clone()
-                fields = encode_record(replace(record, payload=None))
-                torch.save({"tensor": tensor, "record": fields}, out / _file_name(record))
-                written += 1
-            progress(count)
-        return Moved(written, written, tuple(skipped))
-
-    def load(self, folder: Path, sink: TensorSink, progress: Progress) -> Moved:
-        """See `Layout.load`."""
-        files = sorted(folder.glob("*.pt"))
-        if not files:
-            raise RunError(f"{folder} holds no .pt files; is it a folder of the layout 'pt'?")
-        sink.open(_run_info(folder))
-        coverage, steps = Coverage(), set()
-        try:
-            for count, path in enumerate(files, start=1):
-                record, tensor = _read(path)
-                sink.write(record, tensor)
-                coverage.captured(str(record.name))
-                steps.add(record.at.step)
-                progress(count)
-            for step in sorted(steps):
-                sink.end_step(step)
-            if isinstance(sink, CoverageSink):
-                sink.cover(coverage.report(steps=len(steps)))
-        finally:
-            sink.close()
-        return Moved(len(files), len(files))
-
-
-def _file_name(record: TensorRecord) -> str:
-    safe = re.sub(r"[^A-Za-z0-9._-]", ".", str(record.name))[:180]
-    return f"{record.at.rank:05d}_{record.seq:08d}_{safe}.pt"
-
-
-def _run_info(folder: Path) -> RunInfo:
-    path = folder / "run.json"
-    launch = f"import-{uuid.uuid4().hex[:12]}"
-    if not path.exists():
-        return RunInfo(launch_id=launch, created="")
-    return replace(decode_info(read_document(path), path), launch_id=launch, rank=0)
-
-
-def _read(path: Path) -> tuple[TensorRecord, torch.Tensor]:
-    """One file; anything wrong with it is a `RunError` that names it. Runs no code from it."""
-    try:
-        content = torch.load(path, weights_only=True, map_location="cpu")
-        fields = json.loads(json.dumps(content["record"]))  # Tuples become the lists of a line.
-        record, tensor = decode_record(fields), content["tensor"].contiguous()
-    except Exception as error:
-        raise RunError(f"{path} is not a tensor file of the layout 'pt': {error}") from error
-    return record, tensor
+    if isinstance(sink, RunDirectorySink):
+        return [(copy(sink), (rank,)) for rank in ranks]
+    return [(sink, tuple(ranks))]

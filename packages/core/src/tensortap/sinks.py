@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from tensortap.records import RunInfo, TensorRecord
+from tensortap.records import RunInfo, TensorRecord, Values
 
 
 @runtime_checkable
@@ -37,6 +37,13 @@ class CoverageSink(Protocol):
 
     def cover(self, report: Mapping[str, Any]) -> None:
         """Take the report; called once, before `close`."""
+
+
+@runtime_checkable
+class PayloadSink(Protocol):
+    """A sink that is of no use without values, and says what `attach` records by default."""
+
+    default_values: Values
 
 
 class MemorySink:

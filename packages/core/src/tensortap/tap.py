@@ -33,9 +33,9 @@ from tensortap.names import TensorName, escape
 from tensortap.observer import TapObserver
 from tensortap.optimizers import watch_optimizers
 from tensortap.outcome import Outcome
-from tensortap.records import RunInfo, TensorRecord
+from tensortap.records import RunInfo, TensorRecord, Values
 from tensortap.runinfo import describe_run
-from tensortap.sinks import CoverageSink, TensorSink
+from tensortap.sinks import CoverageSink, PayloadSink, TensorSink
 from tensortap.steps import StepClock
 from tensortap.targets import mark_tapped, modules_to_tap
 from tensortap.transfer import Transfer
@@ -69,7 +69,8 @@ def attach(
     Raises `ConfigError`, `SelectionError`, `NotSupported`, `AlreadyAttached` or `RunExists`, and
     leaves nothing behind when it does.
     """
-    settings = Settings.resolve(options)
+    default: Values = sink.default_values if isinstance(sink, PayloadSink) else "stats"
+    settings = Settings.resolve(options, values=default)
     tap = Tap(settings)
     rank, world = rank_and_world()
     if settings.enabled and rank in settings.ranks:

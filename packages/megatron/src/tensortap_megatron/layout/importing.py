@@ -12,7 +12,6 @@ from __future__ import annotations
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from copy import copy
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 
 from tensortap.coverage import Coverage
 from tensortap.errors import RunError
-from tensortap.layouts import Moved, Progress
+from tensortap.layouts import Moved, Progress, sinks_of_ranks
 from tensortap.records import RunInfo, TensorRecord
 from tensortap.sinks import CoverageSink, TensorSink
 from tensortap.store import RunDirectorySink
@@ -176,13 +175,10 @@ def _shared_out(
 ) -> Iterable[tuple[TensorSink, RunInfo, list[Entry]]]:
     """Which sink gets which records, in order of execution."""
     ordered = sorted(entries, key=lambda e: (e.record.at.step, e.record.seq, e.record.at.rank))
-    if not isinstance(sink, RunDirectorySink):
-        return [(sink, infos[min(infos)], ordered)]
-    of_rank: dict[int, list[Entry]] = {rank: [] for rank in infos}
-    for entry in ordered:
-        of_rank[entry.record.at.rank].append(entry)
-    # A run directory's sink writes one rank; its unopened twins have the same options.
-    return [(copy(sink), infos[rank], some) for rank, some in of_rank.items()]
+    return [
+        (target, infos[ranks[0]], [entry for entry in ordered if entry.record.at.rank in ranks])
+        for target, ranks in sinks_of_ranks(sink, infos)
+    ]
 
 
 def _fill(

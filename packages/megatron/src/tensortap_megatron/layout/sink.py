@@ -14,7 +14,7 @@ import torch
 
 from tensortap.config import DEFAULT_MAX_BYTES
 from tensortap.errors import CaptureError, CaptureWarning
-from tensortap.records import RunInfo, TensorRecord
+from tensortap.records import RunInfo, TensorRecord, Values
 from tensortap_megatron.layout.folder import RankFolder
 
 BARE = "statistics only, and this layout holds tensors: capture with values='full'"
@@ -24,13 +24,15 @@ BARE = "statistics only, and this layout holds tensors: capture with values='ful
 class MegatronPtSink:
     """Writes each tensor as one `.pt` file of the layout `megatron-pt` (see `layout.words`).
 
-        attach(model, MegatronPtSink("tensor_logs"), values="full")
+        attach(model, MegatronPtSink("tensor_logs"))      # full values by default
 
     A record without values has no file: it is a gap in the coverage, said once as a
     `CaptureWarning` at the end of the first step and again at the close. A run of nothing else is
     a `CaptureError` and leaves no folder. `max_bytes` caps the tensors on disk, each rank having
     an equal share. Killed at any moment, only whole files are there.
     """
+
+    default_values: Values = "full"
 
     def __init__(
         self, folder: str | os.PathLike[str], *, max_bytes: int = DEFAULT_MAX_BYTES
