@@ -35,9 +35,11 @@ def install(site: Site, observer: Observer, undo: Undo) -> None:
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
         call, reported = products.leave()
         if call is not None:
-            if not reported:
-                call.capture({"weight": _weight(module, args, kwargs)})
-            _watch(call, output, args[0] if args else None)
+            weight = None if reported else _weight(module, args, kwargs)
+            call.capture({"weight": weight})
+            _watch(
+                _Product(call, getattr(args[0] if args else None, "shape", None), weight), output
+            )
 
     undo.keep(site.module.register_forward_hook(Hook(after), with_kwargs=True))
 
@@ -50,12 +52,12 @@ def _weight(module: Any, args: tuple[Any, ...], kwargs: Any) -> torch.Tensor | N
     return weight.detach() if isinstance(weight, torch.Tensor) else None
 
 
-def _watch(call: Call, output: Any, given: Any) -> None:
-    """Record the gradient that this product sends to its input, when backward runs."""
+def _watch(product: _Product, output: Any) -> None:
+    """Report what the product does in backward, when that runs."""
     tensor = output[0] if isinstance(output, tuple) else output
     node = next(_products(getattr(tensor, "grad_fn", None)), None)
     if node is not None:
-        node.register_hook(_Share(call, getattr(given, "shape", None)))
+        node.register_hook(product)
 
 
 def _products(node: Any) -> Iterator[Any]:
@@ -67,15 +69,17 @@ def _products(node: Any) -> Iterator[Any]:
         node = next((below for below, _ in node.next_functions if below is not None), None)
 
 
-class _Share:
-    """Called with the gradients that a product's backward computed; the first is its input's."""
+class _Product:
+    """Called with the gradients that a product's backward computed."""
 
-    def __init__(self, call: Call, shape: torch.Size | None) -> None:
+    def __init__(self, call: Call, shape: torch.Size | None, weight: torch.Tensor | None) -> None:
+        """`shape` is that of the input; `weight` is `None` where others report the operand."""
         self._call = call
         self._shape = shape
+        self._weight = weight
 
     def __call__(self, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
-        share = inputs[0]
-        # With a frozen weight, sequence parallelism reduces it later, outside of the product.
-        if share is not None and share.shape == self._shape:
-            self._call.capture({"grad_input_local": share}, phase="backward")
+        # None fits where sequence parallelism reduces it outside of the product (frozen weights).
+        shares = (g for g in inputs if g is not None and g.shape == self._shape)
+        found = {"weight": self._weight, "grad_input_local": next(shares, None)}
+        self._call.capture(found, phase="backward")
