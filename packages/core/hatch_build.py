@@ -1,4 +1,4 @@
-"""Compile the statistics kernel into the wheel; without a C compiler the wheel is pure Python."""
+"""Compile the kernel (statistics, number formats) into the wheel; without a C compiler the wheel is pure Python."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _platform() -> str:
 def _loud(problem: Exception) -> str:
     line = "*" * 78
     return (
-        f"\n{line}\ntensortap: the statistics kernel was NOT compiled: {problem}.\n"
+        f"\n{line}\ntensortap: the kernel was NOT compiled: {problem}.\n"
         "This is a pure Python build. It is complete, but computes statistics with torch\n"
         "operations, several times slower, on machines without a C compiler. Set CC, or install\n"
         f"cc, gcc or clang, and build again.\n{line}"

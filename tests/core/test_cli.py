@@ -133,7 +133,7 @@ def test_an_exported_folder_is_not_taken_for_a_run(cli, run, tmp_path):
 def test_doctor_finds_everything_well(cli):
     code, out, _ = cli("doctor")
     assert code == 0
-    for word in ("torch", "statistics kernel", "devices", "environment"):
+    for word in ("torch", "compiled kernel", "devices", "environment"):
         assert word in out
 
 

@@ -12,6 +12,7 @@ from tests.megatron.launching import Launches
 
 import tensortap
 from tensortap.errors import RunError
+from tensortap.layouts import layout
 
 pytest.importorskip("megatron.core")
 # One worker: every launch is used by several tests.
@@ -216,3 +217,22 @@ def test_a_killed_rank_leaves_all_that_was_written(launch: Launches) -> None:
     whole = tensortap.open_run(launch(2, tp=2) / "run")
     for name in ("layers.3.mlp.down/forward/output", "layers.0.attn.qkv/backward/grad_output"):
         assert torch.equal(run.tensor(name, **at), whole.tensor(name, **at))
+
+
+def test_a_spread_run_goes_through_the_old_files_and_back(launch: Launches, tmp_path: Path) -> None:
+    run = tensortap.open_run(launch(2, tp=2) / "run")
+    moved = layout("megatron-pt").export(run, tmp_path / "old", "*", lambda done: None)
+    assert not moved.skipped
+    layout("megatron-pt").load(
+        tmp_path / "old", tensortap.RunDirectorySink(tmp_path / "back"), lambda done: None
+    )
+    back = tensortap.open_run(tmp_path / "back")
+    assert names(back) == names(run)
+    for name in names(run):
+        for moment in moments(run, name):
+            assert torch.equal(back.tensor(name, **moment), run.tensor(name, **moment)), name
+    words = {"_".join(p.stem.split("_")[3:]) for p in (tmp_path / "old").rglob("*.pt")}
+    attention = {f"attention_L0_forward_fp32_{t}" for t in ("query", "key", "value", "output")}
+    forward = {f"linear_L1_forward_fp32_{t}" for t in ("input", "weight", "output")}
+    backward = {f"linear_L1_backward_fp32_{t}" for t in ("input", "weight", "output")}
+    assert attention | forward | backward <= words

@@ -177,7 +177,7 @@ def recover_run(run: RunPath, as_json: AsJson = False) -> None:
 
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
-    """Print versions, the statistics kernel, plugins and settings; exit 1 when one is broken."""
+    """Print versions, the compiled kernel, plugins and settings; exit 1 when one is broken."""
     findings = examine()
     if as_json:
         _print_json([finding.as_dict() for finding in findings])

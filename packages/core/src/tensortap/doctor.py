@@ -40,7 +40,7 @@ def examine() -> list[Finding]:
         *(_library(name) for name in _LIBRARIES),
         *(_framework(name) for name in _FRAMEWORKS),
         Finding("devices", _devices()),
-        Finding("statistics kernel", str(native.status())),
+        Finding("compiled kernel", str(native.status())),
         *_plugins(),
         *_environment(),
     ]
