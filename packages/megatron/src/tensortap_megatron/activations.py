@@ -100,7 +100,8 @@ def _column_output(named: Named, facts: Facts) -> Plan:
         return Plan((_seq(facts.inner), BATCH, _vocab(facts, gathered=gathered)))
     cut = whole if gathered else parts.column_cut(named, facts)
     axis = Axis(_outer_word(named), cut)
-    return Plan((_seq(facts.inner), BATCH, axis), parts.of_output(named, facts, axis=2))
+    axes = (_seq(facts.inner), BATCH, axis)
+    return Plan(axes, parts.of_output(named, facts, axis=2), unknown=parts.unplaced(named))
 
 
 def _inner_word(named: Named) -> str:

@@ -15,6 +15,7 @@ from tensortap.undo import Undo
 from tensortap_megatron import (
     activations,
     elsewhere,
+    engine,
     experts,
     linears,
     operands,
@@ -31,7 +32,6 @@ from tensortap_megatron.quantization import format_of
 TESTED = ("0.14", "0.17")
 """The megatron-core versions that are supported: from the first, below the second."""
 
-_CORES = ("DotProductAttention", "TEDotProductAttention")
 _CORE_WORDS = {
     "input": "query",
     "input.query": "query",
@@ -43,7 +43,6 @@ _CORE_WORDS = {
     "output": "context",
 }
 _QUANTIZED = ("query_quantized", "key_quantized", "probs_quantized", "value_quantized")
-_NO_PROBS = "attention is computed without its probabilities; use the local layer spec"
 
 
 class Megatron:
@@ -82,8 +81,8 @@ class Megatron:
         for site in sites:
             if site.kind == "function" and observer.wants(site):
                 _install(site, observer, undo)
-            elif site.name.endswith(".core") and type(site.module).__name__ == _CORES[1]:
-                observer.note(f"{site.name}/forward/probs", _NO_PROBS)
+            elif observer.wants(site):
+                engine.explain(site, observer)
         optimizer.watch(model, observer.end_step, undo)
         if _version(_installed()) >= _version(TESTED[1]):
             observer.note("root", f"megatron-core {_installed()} is newer than was tested")
@@ -120,8 +119,9 @@ def _sites(named: Named, facts: Facts) -> Iterator[Site]:
 
     yield site(named.native, _tensors(words), words=words, silent=_silent(named))
     if parts.has_norm(named.module):
-        yield _fused_norm(named, facts)
-    if parts.is_linear(named.module) and not parts.has_norm(named.module):
+        yield engine.norm_site(named, facts)
+    yield from engine.expert_sites(named, facts)
+    if parts.is_linear(named.module) and not parts.experts_of(named.module):
         native = f"{named.native}:product"
         yield site(native, linears.TENSORS, kind="function", backward=linears.BACKWARD)
     if named.word.endswith(".core"):
@@ -148,40 +148,17 @@ def _words(named: Named, facts: Facts) -> dict[str, str | None]:
         # A stage hands on what its last layer returns; under one name it would meet the loss.
         return {"output": None}
     if parts.has_norm(named.module):
-        return {"input": None, "output.1": None, **dict.fromkeys(_NORM_PARAMETERS)}
+        return engine.norm_words()
+    if parts.experts_of(named.module):
+        return engine.grouped_words(named.module)
     if parts.is_linear(named.module):
         tied = facts.tied and not facts.first_stage and named.word == "lm_head"
         return {"output.1": None, "input.weight": None, **({"weight": None} if tied else {})}
     # A bias that is added later is a parameter, recorded as such.
-    return {"output.1": None} if named.word in _WITH_BIAS else {}
+    return {"output.1": None, **engine.block_words(named)} if named.word in _WITH_BIAS else {}
 
 
 _WITH_BIAS = ("attn", "cross_attn", "mlp", "mlp.shared_expert", "mixer")
-
-_NORM_PARAMETERS = {"layer_norm_weight": "weight", "layer_norm_bias": "bias"}
-"""What Transformer Engine calls the parameters of a norm that it fused into a linear layer."""
-
-
-def _fused_norm(named: Named, facts: Facts) -> Site:
-    """The norm that runs inside of a linear layer: its input is all of it that can be seen."""
-    parent = named.name.rpartition(".")[0]
-    layer, _, block = parent.rpartition(".")
-    name = f"{layer}.{'input_norm' if block in ('attn', 'mixer') else 'post_attn_norm'}"
-    if block == "mixer":
-        name = f"{layer}.norm"
-    hidden = activations.plans(Named(name, named.native, named.module), facts)
-    plans = SitePlans(hidden, parameters.norm_plans(named, facts, _NORM_PARAMETERS))
-    hidden_words = dict.fromkeys(("output", "output.1", "weight", "bias"))
-    return Site(
-        name,
-        f"{named.native}:norm",
-        named.module,
-        tensors=("input",),
-        dims=plans.dims,
-        placement=plans.rule(spread=facts.parallel.spread),
-        words={**hidden_words, **_NORM_PARAMETERS},
-        gradient=accumulated,
-    )
 
 
 def _silent(named: Named) -> str | None:

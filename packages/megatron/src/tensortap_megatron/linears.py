@@ -11,18 +11,23 @@ from torch import nn
 from tensortap.hooks import Hook
 from tensortap.integration import Call, Observer, Site
 from tensortap.undo import Undo
-from tensortap_megatron import operands
+from tensortap_megatron import engine, operands
 
 TENSORS = ("weight", "input_quantized")
 BACKWARD = ("weight", "grad_output_quantized", "grad_input_local")
 
-_PRODUCTS = (
-    "LinearWithGradAccumulationAndAsyncCommunicationBackward",
-    "LinearWithFrozenWeightBackward",
-    "QuantizedLinearBackward",
-    "_LinearBackward",
-)
-"""Autograd nodes of the product itself: Megatron's, ours, Transformer Engine's."""
+_PRODUCTS = {
+    "LinearWithGradAccumulationAndAsyncCommunicationBackward": slice(0, 1),
+    "LinearWithFrozenWeightBackward": slice(0, 1),
+    "QuantizedLinearBackward": slice(0, 1),
+    "_LinearBackward": slice(1, None),
+    "_LayerNormLinearBackward": slice(0, 0),
+}
+"""Autograd nodes of the product itself, and which of their gradients may be the input's.
+
+Megatron's and ours begin with the input, Transformer Engine's with the weight, whose gradient
+may have the same shape; with a norm in front, none is that of the product's own input.
+"""
 
 _DEEPEST = 4
 """Between a layer's output and its product lie a bias, an all-reduce or a gather."""
@@ -35,11 +40,12 @@ def install(site: Site, observer: Observer, undo: Undo) -> None:
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
         call, reported = products.leave()
         if call is not None:
-            weight = None if reported else _weight(module, args, kwargs)
+            hidden = engine.narrowed(module)
+            if hidden:
+                engine.explain_operand(site, observer)
+            weight = None if reported or hidden else _weight(module, args, kwargs)
             call.capture({"weight": weight})
-            _watch(
-                _Product(call, getattr(args[0] if args else None, "shape", None), weight), output
-            )
+            _watch(call, getattr(args[0] if args else None, "shape", None), weight, output)
 
     undo.keep(site.module.register_forward_hook(Hook(after), with_kwargs=True))
 
@@ -52,12 +58,12 @@ def _weight(module: Any, args: tuple[Any, ...], kwargs: Any) -> torch.Tensor | N
     return weight.detach() if isinstance(weight, torch.Tensor) else None
 
 
-def _watch(product: _Product, output: Any) -> None:
+def _watch(call: Call, shape: torch.Size | None, weight: torch.Tensor | None, output: Any) -> None:
     """Report what the product does in backward, when that runs."""
     tensor = output[0] if isinstance(output, tuple) else output
     node = next(_products(getattr(tensor, "grad_fn", None)), None)
     if node is not None:
-        node.register_hook(product)
+        node.register_hook(_Product(call, shape, weight, _PRODUCTS[node.name()]))
 
 
 def _products(node: Any) -> Iterator[Any]:
@@ -72,14 +78,21 @@ def _products(node: Any) -> Iterator[Any]:
 class _Product:
     """Called with the gradients that a product's backward computed."""
 
-    def __init__(self, call: Call, shape: torch.Size | None, weight: torch.Tensor | None) -> None:
+    def __init__(
+        self,
+        call: Call,
+        shape: torch.Size | None,
+        weight: torch.Tensor | None,
+        candidates: slice,
+    ) -> None:
         """`shape` is that of the input; `weight` is `None` where others report the operand."""
         self._call = call
         self._shape = shape
         self._weight = weight
+        self._candidates = candidates
 
     def __call__(self, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
         # None fits where sequence parallelism reduces it outside of the product (frozen weights).
-        shares = (g for g in inputs if g is not None and g.shape == self._shape)
+        shares = (g for g in inputs[self._candidates] if g is not None and g.shape == self._shape)
         found = {"weight": self._weight, "grad_input_local": next(shares, None)}
         self._call.capture(found, phase="backward")

@@ -30,13 +30,21 @@ def weight(named: Named, facts: Facts) -> Plan:
     """The weight of a parallel linear layer: [out, in]."""
     if parts.row_parallel(named.module):
         return Plan((Axis("out"), Axis("in", split(_group(named, facts)))))
-    return Plan((_outputs(named, facts), Axis("in")), _parts(named, facts))
+    axes = (_outputs(named, facts), Axis("in"))
+    return Plan(axes, _parts(named, facts), unknown=parts.unplaced(named))
 
 
 def norm_plans(named: Named, facts: Facts, words: Mapping[str, str]) -> Plans:
     """Parameters of a norm that is fused into a linear layer, under their own words."""
     own = plans(named, facts)
     return {word: own[native] for native, word in words.items() if native in own}
+
+
+def expert_plans(named: Named, facts: Facts) -> Plans:
+    """Parameters of one expert of a grouped linear layer, as if the expert were a module."""
+    sums = ("edp",) if facts.parallel["edp"].size > 1 else ()
+    every = {"weight": weight(named, facts), "bias": _bias(named, facts)}
+    return {word: replace(plan, partial_gradient=sums) for word, plan in every.items()}
 
 
 def tied_plan(embed: Named, facts: Facts) -> Plan:
@@ -56,6 +64,8 @@ def _plan(named: Named, name: str, parameter: nn.Parameter, facts: Facts) -> Pla
         return Plan((Axis("expert"), Axis("hidden")))
     if named.word.endswith("experts"):
         return None  # Stacked experts of a grouped GEMM: only Megatron's kernels know the order.
+    if getattr(parameter, "tensor_model_parallel", False) and facts.tp.size > 1:
+        return Plan((), unknown=True)
     # Norms, position embeddings and the like: the same on every rank.
     return Plan(tuple(Axis(word) for word in _WORDS[parameter.dim()]))
 
@@ -66,20 +76,24 @@ _WORDS = ((), ("hidden",), ("out", "in"), ("out", "in", "kernel"), ("a", "b", "c
 def _of_linear(named: Named, name: str, facts: Facts) -> Plan | None:
     if name == "weight":
         return weight(named, facts)
-    if name == "bias" and parts.row_parallel(named.module):
-        return Plan((Axis("out"),))
     if name == "bias":
-        return Plan((_outputs(named, facts),), _parts(named, facts))
+        return _bias(named, facts)
     if name.startswith("layer_norm_"):
         return Plan((Axis("hidden"),))
     return None  # Grouped experts number their weights.
+
+
+def _bias(named: Named, facts: Facts) -> Plan:
+    if parts.row_parallel(named.module):
+        return Plan((Axis("out"),))
+    return Plan((_outputs(named, facts),), _parts(named, facts), unknown=parts.unplaced(named))
 
 
 def _outputs(named: Named, facts: Facts) -> Axis:
     if named.word == "lm_head":
         return Axis("vocab", facts.over_tensor, facts.vocabulary)
     group = _group(named, facts)
-    if named.word.endswith(".gate_up"):
+    if parts.gated(named, facts):
         return Axis("out", fused(group, (1, 1)))
     return Axis("out", parts.column_cut(named, facts) if group is facts.tp else split(group))
 
@@ -111,8 +125,12 @@ def _sums(named: Named, parameter: nn.Parameter, facts: Facts) -> tuple[str, ...
 
 
 def _tensor_sum(named: Named, parameter: nn.Parameter, facts: Facts) -> tuple[str, ...]:
-    """Norms see a part of the tokens under sequence parallelism, those of heads a part of these."""
-    of_heads = named.word in ("attn.q_norm", "attn.k_norm")
+    """Norms see a part of the tokens under sequence parallelism, those of heads a part of these.
+
+    Multi-latent attention normalises what all heads share, on every rank.
+    """
+    latent = getattr(facts.config, "multi_latent_attention", False)
+    of_heads = named.native.endswith(("q_layernorm", "k_layernorm")) and not latent
     replicated = getattr(parameter, "sequence_parallel", False) or of_heads
     return ("tp",) if replicated and facts.tp.size > 1 else ()
 

@@ -21,6 +21,7 @@ _COLUMN = frozenset(
 )
 _ROW = frozenset({"RowParallelLinear", "TERowParallelLinear", "TERowParallelGroupedLinear"})
 _FUSED_NORM = frozenset({"TELayerNormColumnParallelLinear"})
+_GROUPED = frozenset({"TEColumnParallelGroupedLinear", "TERowParallelGroupedLinear"})
 
 
 def _is_a(module: nn.Module, words: frozenset[str]) -> bool:
@@ -47,13 +48,37 @@ def has_norm(module: nn.Module) -> bool:
     return _is_a(module, _FUSED_NORM)
 
 
+def experts_of(module: nn.Module) -> int:
+    """How many experts' weights (weight0, weight1, …) a grouped linear layer holds, or none."""
+    return int(getattr(module, "num_gemms", 0)) if _is_a(module, _GROUPED) else 0
+
+
+def gated(named: Named, facts: Facts) -> bool:
+    """Does it hold a gate and an up projection? Those of multi-token prediction say so nowhere."""
+    unnamed = named.native.endswith(".linear_fc1") and ".gate_up" not in named.name
+    config = _config(named, facts)
+    return named.word.endswith(".gate_up") or (
+        unnamed and bool(getattr(config, "gated_linear_unit", False))
+    )
+
+
+def unplaced(named: Named) -> bool:
+    """Is its output made of tensors whose sizes are not known here? Linear attention's is."""
+    return named.word == "attn.in_proj"
+
+
 def column_cut(named: Named, facts: Facts) -> Cut:
     """How ranks share the outputs of a column-parallel layer."""
-    if named.word.endswith(".gate_up"):
+    if gated(named, facts):
         return fused(facts.tp, (1, 1))
     if named.word == "mixer.in_proj":
         return fused(facts.tp, mixer_shares(facts.config))
     return split(facts.tp)
+
+
+def _config(named: Named, facts: Facts) -> object:
+    """A layer's own configuration: towers of one model, and layers of one tower, may differ."""
+    return getattr(named.module, "config", None) or facts.config
 
 
 def mixer_shares(config: object) -> Sequence[int]:
@@ -74,10 +99,10 @@ def of_output(named: Named, facts: Facts, axis: int) -> tuple[Part, ...]:
     """What the outputs of a fused layer are; `axis` is that of the outputs."""
     parent, _, word = named.name.rpartition(".")
     if word == "qkv":
-        stretches = _grouped(facts.config)
+        stretches = _grouped(_config(named, facts))
         return tuple(Part(f"{parent}.{key}", axis, held) for key, held in stretches.items())
     if word == "gate_up":
-        half = _number(facts.config, _width_word(named))
+        half = _number(_config(named, facts), _width_word(named))
         stretches = {"gate": ((0, half),), "up": ((half, half),)}
         return tuple(Part(f"{parent}.{key}", axis, held) for key, held in stretches.items())
     return ()

@@ -36,6 +36,7 @@ ATTENTION: Words = {
     "core_attention": "core",
     "q_layernorm": "q_norm",
     "k_layernorm": "k_norm",
+    "kv_layernorm": "kv_norm",
 }
 
 MLP: Words = {
@@ -56,6 +57,15 @@ CONTEXTS: Mapping[str, Words] = {
     "expert": MLP,
 }
 """Canonical word -> the words below it."""
+
+FUSED_NORMS: Words = {
+    "linear_qkv": "input_norm",
+    "linear_fc1": "post_attn_norm",
+    "in_proj": "norm",
+    "linear_q_up_proj": "attn.q_norm",
+    "linear_kv_up_proj": "attn.kv_norm",
+}
+"""Linear layers that Transformer Engine fuses a norm into -> what that is, below the layer."""
 
 GATED = {"up": "gate_up"}
 """What `linear_fc1` is when it holds the gate too."""
