@@ -10,9 +10,8 @@ import torch
 
 from tensortap.errors import RunError
 from tensortap.records import Coordinates, Part, Placement, RunInfo, TensorRecord
-from tensortap.store.assembly import assemble
-from tensortap.store.cutting import cut, require_one
-from tensortap.store.pieces import Piece, geometry
+from tensortap.store.logical import LogicalTensor
+from tensortap.store.pieces import Piece
 from tensortap.store.query import Query
 from tensortap.store.rank_reader import RankReader
 from tensortap.store.rows import PARTS
@@ -71,9 +70,9 @@ class Found:
         placements = [record.placement for record in self.records if record.placement]
         return any("dp" in placement.partial for placement in placements)
 
-    def assemble(
+    def logical(
         self, loaded: list[Loaded], *, alone: bool, one_replica: bool, padded: bool
-    ) -> torch.Tensor:
+    ) -> LogicalTensor:
         """The logical tensor, or a single rank's piece as it is, cut to what was asked for.
 
         `one_replica`: only one data-parallel rank was asked for, so nothing is summed over them.
@@ -87,14 +86,8 @@ class Found:
             )
             for record, tensor, info in loaded
         ]
-        placement = require_one([piece.placement for piece in pieces])
-        if alone and (placement is None or placement.unknown):
-            return pieces[0].tensor
-        place = geometry(pieces[0])
-        whole = pieces[0].tensor if alone else assemble(pieces)
-        if not alone:
-            place = geometry(Piece(0, whole, None, {}))
-        return cut(whole, place, placement, self._part(), padded=padded)
+        records = [record for record, _, _ in loaded]
+        return LogicalTensor(records, pieces, self._part(), alone=alone, padded=padded)
 
     def _part(self) -> Part | None:
         if self.part is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ from tensortap.selection import Selection
 from tensortap.store.condition import run_problems
 from tensortap.store.documents import decode_info, read_document
 from tensortap.store.layout import COVERAGE, RUN, rank_directories
+from tensortap.store.logical import LogicalTensor
 from tensortap.store.lookup import Lookup
 from tensortap.store.query import Query
 from tensortap.store.rank_reader import RankReader, StaleIndex
@@ -221,10 +223,40 @@ class Run:
         a fused tensor is cut from it. Raises `RunError` saying what to choose from when there
         are several, what is missing, or who disagrees.
         """
+        where = self.logical(
+            name,
+            step=step,
+            microbatch=microbatch,
+            call=call,
+            recompute=recompute,
+            eval=eval,
+            rank=rank,
+            dp_rank=dp_rank,
+            padded=padded,
+            verify=verify,
+        )
+        with self._naming(name):
+            return where.tensor()
+
+    def logical(
+        self,
+        name: str | TensorName,
+        *,
+        step: int | None = None,
+        microbatch: int | None = None,
+        call: int | None = None,
+        recompute: bool = False,
+        eval: bool = False,
+        rank: int | None = None,
+        dp_rank: int | None = None,
+        padded: bool = True,
+        verify: bool = True,
+    ) -> LogicalTensor:
+        """The same tensor as `tensor`, put together where it is read, box by box."""
         query = Query(step, microbatch, call, None, recompute, eval)
         readers = self._chosen(rank)
 
-        def serve() -> torch.Tensor:
+        def serve() -> LogicalTensor:
             lookup = Lookup(readers)
             found = lookup.find(str(name), query)
             if not found.records:
@@ -233,12 +265,18 @@ class Run:
                 (record, self.piece(record, verify=verify), self.info_of(record.at.rank))
                 for record in found.choose(dp_rank, self._place_of, alone=rank is not None)
             ]
-            return found.assemble(
+            return found.logical(
                 pieces, alone=rank is not None, one_replica=dp_rank is not None, padded=padded
             )
 
-        try:
+        with self._naming(name):
             return self._fresh(serve)
+
+    @contextmanager
+    def _naming(self, name: str | TensorName) -> Iterator[None]:
+        """Errors inside say which tensor of which run they are about."""
+        try:
+            yield
         except RunCorrupt:
             raise
         except RunError as failure:
