@@ -161,6 +161,12 @@ def _key_norm(named: Named, facts: Facts) -> Plans:
     return {"input": heads, "output": heads}
 
 
+def _mixer_norm(named: Named, facts: Facts) -> Plans:
+    """The gated norm between scan and output projection sees this rank's heads."""
+    inner = Plan((_seq(facts.inner), BATCH, Axis("channel", facts.over_tensor)))
+    return {"input": inner, "output": inner}
+
+
 def _router(named: Named, facts: Facts) -> Plans:
     """Probabilities and routing map of all tokens of this rank: [(seq batch), expert]."""
     if facts.parallel["cp"].size > 1:
@@ -193,6 +199,7 @@ _KINDS: Mapping[str, Callable[[Named, Facts], Plans]] = {
     "attn.q_norm": _query_norm,
     "attn.k_norm": _key_norm,
     "mlp.router": _router,
+    "mixer.norm": _mixer_norm,
     **dict.fromkeys(
         (
             "decoder",

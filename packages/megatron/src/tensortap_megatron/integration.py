@@ -18,6 +18,7 @@ from tensortap_megatron import (
     engine,
     experts,
     linears,
+    mixers,
     operands,
     optimizer,
     parameters,
@@ -83,6 +84,7 @@ class Megatron:
                 _install(site, observer, undo)
             elif observer.wants(site):
                 engine.explain(site, observer)
+        mixers.explain(sites, observer)
         optimizer.watch(model, observer.end_step, undo)
         if _version(_installed()) >= _version(TESTED[1]):
             observer.note("root", f"megatron-core {_installed()} is newer than was tested")

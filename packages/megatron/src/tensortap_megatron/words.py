@@ -48,6 +48,8 @@ MLP: Words = {
     "shared_experts": "shared_expert",
 }
 
+MIXER: Words = {"conv1d": "conv"}
+
 CONTEXTS: Mapping[str, Words] = {
     "attn": ATTENTION,
     "cross_attn": ATTENTION,
@@ -55,6 +57,7 @@ CONTEXTS: Mapping[str, Words] = {
     "shared_expert": MLP,
     "experts": MLP,
     "expert": MLP,
+    "mixer": MIXER,
 }
 """Canonical word -> the words below it."""
 
