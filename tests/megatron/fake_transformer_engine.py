@@ -299,6 +299,7 @@ class FakeTEAttention(nn.Module):
         num_splits: int | None = None,
         cp_comm_type: str | None = "p2p",
         pg_collection: Any = None,
+        model_comm_pgs: Any = None,  # Its name in 0.14.
     ) -> None:
         super().__init__()
         self.config = config

@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from torch import nn
+
 from tensortap_megatron import parameters, parts
 from tensortap_megatron.facts import Facts
-from tensortap_megatron.naming import Named
+from tensortap_megatron.naming import Named, is_layer
 from tensortap_megatron.placements import Axis, Plan, Plans
 from tensortap_megatron.shards import Cut, shared, split, whole
 
@@ -35,8 +37,9 @@ def _hidden(facts: Facts) -> Plan:
 
 
 def _residual(named: Named, facts: Facts) -> Plans:
+    """A block between two places of the residual stream, or one that looks at a second stream."""
     hidden = _hidden(facts)
-    return {"input": hidden, "output": hidden}
+    return dict.fromkeys(("input", "output", "input.context", "input.key_value_states"), hidden)
 
 
 def _tokens(named: Named, facts: Facts) -> Plans:
@@ -55,11 +58,16 @@ def _embedding(named: Named, facts: Facts) -> Plans:
 
 
 def _root(named: Named, facts: Facts) -> Plans:
-    """The whole model: token ids in, logits or the loss of each token out."""
+    """The whole model: token ids in, logits or the loss of each token out.
+
+    A block or a layer that is tapped by itself is given the residual stream.
+    """
+    if is_layer(named.module) or isinstance(getattr(named.module, "layers", None), nn.ModuleList):
+        return _residual(named, facts)
     tokens = Plan((BATCH, _seq(facts.inner)))
     inputs = dict.fromkeys(("input", "input.1", *_TOKEN_ARGUMENTS), tokens)
     logits = Plan((BATCH, _seq(facts.inner), _vocab(facts)))
-    return {**inputs, "output": tokens, "logits": logits}
+    return {**inputs, "output": replace(tokens, otherwise=logits)}
 
 
 _TOKEN_ARGUMENTS = ("input.position_ids", "input.labels", "input.loss_mask")
@@ -96,7 +104,7 @@ def linear(named: Named, facts: Facts) -> Plans:
 
 def _column_output(named: Named, facts: Facts) -> Plan:
     gathered = bool(getattr(named.module, "gather_output", False))
-    if named.word == "lm_head":
+    if parts.is_head(named):
         return Plan((_seq(facts.inner), BATCH, _vocab(facts, gathered=gathered)))
     cut = whole if gathered else parts.column_cut(named, facts)
     axis = Axis(_outer_word(named), cut)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from tensortap.wrappers import unwrap
 from tensortap_megatron.parallel import Group, Parallel, parallel_of
 from tensortap_megatron.shards import Cut, sequence, split
 
@@ -27,11 +28,11 @@ class Facts:
 
     @classmethod
     def of(cls, model: nn.Module) -> Facts:
-        """Read off the unwrapped model."""
-        found: Any = model
+        """Read off the model inside of DDP and Float16Module."""
+        found: Any = unwrap(model)
         return cls(
             getattr(found, "config", None),
-            parallel_of(model),
+            parallel_of(found),
             _vocabulary(found),
             bool(getattr(found, "pre_process", True)),
             bool(getattr(found, "post_process", True)),

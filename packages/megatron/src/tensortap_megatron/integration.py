@@ -26,7 +26,7 @@ from tensortap_megatron import (
 )
 from tensortap_megatron.facts import Facts
 from tensortap_megatron.gradients import accumulated
-from tensortap_megatron.naming import Named, modules
+from tensortap_megatron.naming import Named, is_layer, modules
 from tensortap_megatron.placements import SitePlans
 from tensortap_megatron.quantization import format_of
 
@@ -144,7 +144,7 @@ def _words(named: Named, facts: Facts) -> dict[str, str | None]:
     """What hooks see at a module -> our words for it."""
     if named.word.endswith(".core"):
         return dict(_CORE_WORDS)
-    if named.word == "layer":
+    if named.word == "layer" or is_layer(named.module):
         return {"input.hidden_states": "input"}
     if named.word in ("root", "decoder") and not facts.last_stage:
         # A stage hands on what its last layer returns; under one name it would meet the loss.

@@ -10,7 +10,7 @@ from torch import nn
 
 from tensortap.names import ROOT
 from tensortap.wrappers import claim, unwrap, unwrapped_modules
-from tensortap_megatron.words import CONTEXTS, GATED, LAYER, TOP, Words
+from tensortap_megatron.words import BLOCK, CONTEXTS, EDGES, GATED, LAYER, TOP, Words
 
 _IDENTITIES = frozenset({"IdentityOp", "IdentityFuncOp"})
 
@@ -30,8 +30,13 @@ class Named:
 
     @property
     def word(self) -> str:
-        """`layers.3.attn.qkv` -> `attn.qkv`, `layers.3` -> `layer`, an expert's without number."""
+        """`layers.3.attn.qkv` -> `attn.qkv`, `layers.3` -> `layer`, an expert's without number.
+
+        What stands at either end of one of several towers has the word it has in a single one.
+        """
         words = self.name.split(".")
+        if "layers" not in words and words[-1] in EDGES:
+            return words[-1]
         if "layers" in words:
             words = words[words.index("layers") + 2 :] or ["layer"] * (words[-1] != "layers")
         if "experts" in words[:-1]:
@@ -65,6 +70,7 @@ class _Grammar:
     def __init__(self, paths: Mapping[str, nn.Module], root: nn.Module) -> None:
         self._paths = paths
         self._gated = bool(getattr(getattr(root, "config", None), "gated_linear_unit", False))
+        self._alone = int(getattr(root, "layer_number", 1)) - 1 if is_layer(root) else None
         lists = [path for path in paths if _is_layer_list(path, paths)]
         self._stems = {path: _stem(path, alone=len(lists) == 1) for path in lists}
 
@@ -72,13 +78,18 @@ class _Grammar:
         """The canonical name of the module at a path."""
         if not path:
             return ROOT
+        if self._alone is not None:
+            return f"layers.{self._alone}" + self._read("", path)
         for layers, stem in self._stems.items():
             if path == layers:
                 return f"{stem}layers"
             if path.startswith(layers + "."):
                 return f"{stem}layers.{self._inside(layers, path)}"
-            tower = layers.removesuffix("decoder.layers").removesuffix("layers")
-            if path.startswith(tower) and path[len(tower) :] in TOP:
+            block = layers.removesuffix("layers")
+            tower = block.removesuffix("decoder.")
+            if path.startswith(block) and path[len(block) :] in BLOCK:
+                return stem + BLOCK[path[len(block) :]]
+            if tower and path.startswith(tower) and path[len(tower) :] in TOP:
                 return stem + TOP[path[len(tower) :]]
         return TOP.get(path, path)
 
@@ -94,7 +105,7 @@ class _Grammar:
         native = rest.split(".") if rest else []
         while native:
             first = native.pop(0)
-            below, at = at, f"{at}.{first}"
+            below, at = at, f"{at}.{first}" if at else first
             if first == "local_experts" and native:
                 number = native.pop(0)
                 word = str(_first_expert(self._paths, below) + int(number))
@@ -110,6 +121,12 @@ class _Grammar:
         return GATED.get(word, word) if self._gated else word
 
 
+def is_layer(module: Any) -> bool:
+    """Is it a layer, of any kind? Parts of a layer know its number as well."""
+    kinds = ("TransformerLayer", "MambaLayer")
+    return any(kind.__name__ in kinds for kind in type(module).__mro__)
+
+
 def _is_layer_list(path: str, paths: Mapping[str, nn.Module]) -> bool:
     """Is this the list of a tower's layers? Those of multi-token prediction are not."""
     return (
@@ -123,8 +140,8 @@ def _is_layer_list(path: str, paths: Mapping[str, nn.Module]) -> bool:
 
 def _stem(path: str, *, alone: bool) -> str:
     """What precedes the names of a tower: nothing where it is the only one."""
-    owner = path.removesuffix("layers").removesuffix("decoder.")
-    return "" if alone else owner
+    owner = path.removesuffix("layers")
+    return "" if alone else owner.removesuffix("decoder.") or owner
 
 
 def _first_expert(paths: Mapping[str, nn.Module], experts: str) -> int:

@@ -56,7 +56,7 @@ def parallel_of(model: nn.Module) -> Parallel:
     """The groups a model was built with, or else Megatron's global ones; issues no collective."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return Parallel()
-    own = getattr(model, "pg_collection", None)
+    own = _collection(model)
     found = {}
     for name in _NAMES:
         process_group = getattr(own, name, None) or _global(name)
@@ -64,6 +64,16 @@ def parallel_of(model: nn.Module) -> Parallel:
         if group is not None:
             found[_COLLECTION.get(name, name)] = group
     return Parallel(found)
+
+
+def _collection(model: nn.Module) -> Any:
+    """The groups that a model, or the one inside of it, was built with; named so since 0.15."""
+    for module in model.modules():
+        for word in ("pg_collection", "model_comm_pgs"):
+            found = getattr(module, word, None)
+            if found is not None:
+                return found
+    return None
 
 
 def _measured(process_group: Any) -> Group | None:

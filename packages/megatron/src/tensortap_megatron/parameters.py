@@ -90,7 +90,7 @@ def _bias(named: Named, facts: Facts) -> Plan:
 
 
 def _outputs(named: Named, facts: Facts) -> Axis:
-    if named.word == "lm_head":
+    if parts.is_head(named):
         return Axis("vocab", facts.over_tensor, facts.vocabulary)
     group = _group(named, facts)
     if parts.gated(named, facts):

@@ -62,6 +62,11 @@ def gated(named: Named, facts: Facts) -> bool:
     )
 
 
+def is_head(named: Named) -> bool:
+    """Does it make logits? In BERT and T5 another module has the name `lm_head`."""
+    return named.native.rpartition(".")[2] == "output_layer"
+
+
 def unplaced(named: Named) -> bool:
     """Is its output made of tensors whose sizes are not known here? Linear attention's is."""
     return named.word == "attn.in_proj"

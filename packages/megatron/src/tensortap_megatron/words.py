@@ -10,11 +10,15 @@ TOP: Words = {
     "embedding.word_embeddings": "embed",
     "embedding.position_embeddings": "embed.position",
     "embedding.tokentype_embeddings": "embed.token_type",
-    "decoder.final_layernorm": "final_norm",
-    "decoder.final_norm": "final_norm",
     "output_layer": "lm_head",
 }
-"""Outside of the layers."""
+"""Outside of the block of layers."""
+
+BLOCK: Words = {"final_layernorm": "final_norm", "final_norm": "final_norm"}
+"""In the block of layers, next to them."""
+
+EDGES = frozenset({"embedding", "embed", "decoder", "final_norm", "lm_head"})
+"""What each tower of a model has of its own, outside of the layers."""
 
 LAYER: Words = {
     "input_layernorm": "input_norm",
