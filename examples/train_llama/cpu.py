@@ -5,9 +5,10 @@ Megatron-core writes `device="cuda"` in many places although nothing in them nee
 never does.
 
 What runs with it, over gloo: tensor, sequence, pipeline (also with virtual stages), data and expert
-parallelism, DistributedDataParallel with `main_grad`, Megatron's optimizers and its distributed
-checkpoints. Context parallelism, for which Megatron needs Transformer Engine, runs with keys and
-values gathered along the sequence. What does not run: Transformer Engine, Apex, CUDA graphs.
+parallelism, DistributedDataParallel with `main_grad`, recomputed activations, Megatron's optimizers
+and its distributed checkpoints. Context parallelism, for which Megatron needs Transformer Engine,
+runs with keys and values gathered along the sequence. What does not run: Transformer Engine and
+what Megatron cannot do without it (recomputing norms), Apex, CUDA graphs.
 """
 
 from __future__ import annotations
@@ -42,11 +43,13 @@ CPU_CONFIG: dict[str, Any] = {
 def run_on_cpu(*, force: bool = False) -> ExitStack:
     """Make Megatron-core run on the CPU, from now until `close()` or the end of a `with` block.
 
-    Does nothing where there is a CUDA device, unless `force`.
+    Does nothing where there is a CUDA device, unless `force`. Raises `ImportError` if torch is old.
     """
     undo = ExitStack()
     if torch.cuda.is_available() and not force:
         return undo
+    if not hasattr(torch.compiler, "set_stance"):
+        raise ImportError(f"Without a GPU this needs torch 2.6, not {torch.__version__}")
     mode = _CudaMeansCpu()
     mode.__enter__()
     undo.callback(mode.__exit__, None, None, None)
@@ -55,7 +58,18 @@ def run_on_cpu(*, force: bool = False) -> ExitStack:
     undo.callback(torch.compiler.set_stance, "default")
     _patch_torch(undo)
     _patch_megatron(undo)
+    # `loss.backward()` takes the mode off, and runs layers again where activations are recomputed.
+    run_backward = _within(mode, torch.autograd._engine_run_backward)
+    _replace(undo, torch.autograd, "_engine_run_backward", run_backward)
     return undo
+
+
+def _within(mode: TorchFunctionMode, function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **options: Any) -> Any:
+        with mode:
+            return function(*args, **options)
+
+    return call
 
 
 def _replace(undo: ExitStack, owner: Any, name: str, value: Any) -> None:
@@ -233,5 +247,6 @@ def leave() -> None:
         child.terminate()
     sys.stdout.flush()
     sys.stderr.flush()
-    time.sleep(0.5)  # The other ranks may still be inside the barrier.
+    if torch.distributed.get_world_size() > 1:
+        time.sleep(0.5)  # The other ranks may still be inside the barrier.
     os._exit(0)

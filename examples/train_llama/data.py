@@ -15,7 +15,6 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 
 Batch = dict[str, torch.Tensor]
 
-
 CHECKED = 1 << 20
 """Tokens looked at before training; a dataset can be too large to look at all of them."""
 

@@ -171,7 +171,7 @@ def build_stage(llama: Llama, config: TransformerConfig, spec: str, seq_length: 
         if spec == "te"
         else get_gpt_layer_local_spec(normalization="RMSNorm")
     )
-    return GPTModel(
+    stage = GPTModel(
         config,
         layer,
         vocab_size=padded(llama.vocab_size, config.tensor_model_parallel_size),
@@ -184,6 +184,9 @@ def build_stage(llama: Llama, config: TransformerConfig, spec: str, seq_length: 
         rope_scaling_factor=llama.rope_factor or 1.0,
         share_embeddings_and_output_weights=llama.tie_word_embeddings,
     )
+    # Megatron keeps only the padded size; from this tensortap knows which rows are padding.
+    stage.unpadded_vocab_size = llama.vocab_size
+    return stage
 
 
 def padded(vocab_size: int, tp: int) -> int:

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-TEXT = Path(__file__).with_name("coriolanus.txt")
+TEXT = Path(__file__).with_name("constitution.txt")
+INSTALL = 'pip install "tensortap[megatron]" megatron-core==0.16.1'
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -35,9 +36,11 @@ def stop(message: str) -> NoReturn:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """While a run is prepared, an error is about what the user asked for."""
+    """While a run is prepared, an error is about what the user asked for or has installed."""
     try:
         yield
+    except ImportError as error:
+        stop(f"{error}: {INSTALL}")
     except Exception as error:
         # Plain training does not import tensortap, not even for the name of its errors.
         if isinstance(error, ValueError) or type(error).__module__ == "tensortap.errors":
@@ -60,7 +63,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--micro-batch", type=_count, default=4, metavar="N", help="default 4")
     group.add_argument("--global-batch", type=_count, default=8, metavar="N", help="default 8")
     group.add_argument("--seq-length", type=_count, default=128, metavar="N", help="default 128")
-    group.add_argument("--lr", type=float, default=3e-3, help="constant; default 0.003")
+    group.add_argument("--lr", type=float, default=1e-3, help="constant; default 0.001")
     group.add_argument("--seed", type=int, default=1, help="of weights and batches; default 1")
     group.add_argument("--dtype", choices=("fp32", "bf16", "fp16", "fp8"), default="fp32")
     group.add_argument(

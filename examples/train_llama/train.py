@@ -1,8 +1,14 @@
-"""Trains a small Llama with Megatron-core, and captures or quantises its tensors on request.
+"""Trains a small Llama with Megatron-core; quantises and captures its tensors when asked to.
 
     torchrun --nproc-per-node 2 examples/train_llama/train.py --tp 2
 
-All that tensortap needs is in `instruments`; the rest is an ordinary Megatron training loop.
+It is an ordinary Megatron training loop. All that tensortap adds is the block around it:
+
+    with quantize(model, "mxfp4"), tensortap.attach(model, "runs/mxfp4"):
+        for step in range(steps):
+            train_step()
+
+`instruments`, below, is that block with environment variables to switch it.
 """
 
 from __future__ import annotations
@@ -13,34 +19,35 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
-# ruff: noqa: E402
+from options import one_line_errors, parse
+
 # Megatron says at every import that Apex and Transformer Engine would make it faster, and calls
 # what torch renamed.
 warnings.filterwarnings("ignore", module="megatron")
 warnings.filterwarnings("ignore", category=FutureWarning)
 
-import checkpoint
-from cpu import leave, run_on_cpu
-from data import Batch, load_corpus, microbatches
-from launch import build, start
-from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from model import choose_model
-from options import one_line_errors, parse
-from report import Report, mean_over_ranks
-from torch import Tensor
+with one_line_errors():
+    import checkpoint
+    from cpu import leave, run_on_cpu
+    from data import Batch, load_corpus, microbatches
+    from launch import build, start
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.optimizer import MegatronOptimizer
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from model import choose_model
+    from report import Report, mean_over_ranks
+    from torch import Tensor
 
-CAPTURE = ("TENSOR_SAVE_ENABLED", "TENSOR_SAVE_DIR", "TENSORTAP_ENABLED")
+CAPTURE = ("TENSOR_SAVE_ENABLED", "TENSOR_SAVE_DIR", "TENSORTAP_ENABLED", "TENSORTAP_DIR")
 
 
 @contextmanager
 def instruments(model: DistributedDataParallel) -> Iterator[None]:
     """What the environment asks for, until the end of the block; plain training if nothing.
 
-    CUSTOM_QUANT_TYPE quantises every product; the variables in CAPTURE write tensors to a run,
-    and `attach` reads from them where to.
+    `quantize` reads the format from CUSTOM_QUANT_TYPE, `attach` what to capture and where to from
+    the variables in CAPTURE and their like.
     """
     with ExitStack() as stack:
         with one_line_errors():
@@ -114,6 +121,8 @@ def mean_loss(losses: Tensor) -> tuple[Tensor, Tensor]:
 
 
 if __name__ == "__main__":
-    run_on_cpu()
-    train(parse())
+    options = parse()
+    with one_line_errors():
+        run_on_cpu()
+    train(options)
     leave()

@@ -19,7 +19,7 @@ from tensortap_megatron import quantize
 
 pytestmark = pytest.mark.xdist_group("megatron-curves")
 
-TEXT = Path(__file__).parents[2] / "examples" / "train_llama" / "coriolanus.txt"
+TEXT = Path(__file__).parents[2] / "examples" / "train_llama" / "constitution.txt"
 STEPS, SEQ, BATCH = 50, 64, 4
 FORMATS = ("bf16", "hifp8", "mxfp8", "mxfp4")
 
@@ -44,7 +44,8 @@ def batches() -> Iterator[dict[str, Any]]:
 def curve(format: str | None) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Losses of 50 steps from the same weights, in float32 or fake-quantised."""
     model = built.gpt()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    # At three times this rate training is unsteady: any rounding at all becomes another run.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses = []
     with quantize(model, format) if format else nullcontext():
         for _, inputs in zip(range(STEPS), batches(), strict=False):
