@@ -490,10 +490,21 @@ def test_a_pattern_that_matches_nothing_beside_others_is_a_warning(options, says
     tap.detach()
 
 
+def test_a_selection_of_some_modules_makes_no_gap_of_the_others(tmp_path):
+    model = torch.nn.Sequential(Mlp(), Mlp())
+    with tensortap.attach(model, tmp_path / "run", select="*.down", on_error="raise") as tap:
+        model(torch.ones(1, 8))
+    assert not tap.coverage.report(steps=1)["gaps"]
+    assert {name.split("/")[0] for name in tensortap.open_run(tmp_path / "run").names()} == {
+        "0.down",
+        "1.down",
+    }
+
+
 def test_patterns_that_could_match_are_not_warned_about():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        sink = run(Mlp(), torch.ones(1, 8), select="up,*.q,!up/*/input.*,*/output.1,re:x.*")
+        sink = run(Mlp(), torch.ones(1, 8), select="up,!up/*/input.*,*/output.1,re:x.*")
     assert "up/forward/output" in sink.names()
 
 

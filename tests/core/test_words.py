@@ -75,13 +75,22 @@ def test_a_prefix_may_match_exactly_when_it_can_be_continued(glob, prefix, rest)
     if not glob:
         return
     selection = Selection.parse([glob])
-    if fnmatch.fnmatchcase(prefix + rest, glob):
+    if "/" in glob and fnmatch.fnmatchcase(prefix + rest, glob):
         assert selection.matches(prefix + rest)
     if "/" not in rest and selection.matches(prefix + rest):
         assert selection.may_match(prefix)
     excluding = Selection.parse(["*", "!" + glob])
     if not excluding.may_match(prefix):
         assert not excluding.matches(prefix + rest)
+
+
+def test_a_star_before_a_module_does_not_reach_into_the_tensors_of_another() -> None:
+    selection = Selection.parse("layers.*.mlp.down")
+    assert selection.matches("layers.3.mlp.down/forward/output")
+    assert not selection.matches("layers.3.attn.out/forward/input.mlp.down")
+    assert not selection.may_match("layers.3.attn.out/forward/input.")
+    assert selection.matches_module("layers.3.mlp.down")
+    assert not selection.matches_module("layers.3.mlp")
 
 
 @pytest.mark.parametrize("patterns", ["", "  ", ",", "!", []])

@@ -2,6 +2,7 @@
 
     layers.*.attn.*/forward/*,!*/param/*      globs over whole names; `!` excludes
     layers.0.*,lm_head                        without `/`: whole modules, with all inside them
+    *weight                                   begins with a star, no dot: names that end so, too
     re:layers\\.[0-3]\\..*                      `re:` starts a regular expression
 
 `*` stands for any characters, dots and slashes included, `?` for one, `[…]` for one of a set.
@@ -54,11 +55,16 @@ class _Pattern:
 
 
 def _spelled_out(glob: str) -> list[str]:
-    """A glob without slash means names, and whole modules: `layers.0.*` has `layers.0` in it."""
+    """A glob without slash means whole modules: `layers.0.*` has `layers.0` in it.
+
+    One like `*weight` also means the names that end so. With a dot in it, it cannot: the star of
+    `layers.*.down` would reach over the slash to an argument of another module.
+    """
     if "/" in glob:
         return [glob]
     modules = [glob, glob.removesuffix(".*")] if glob.endswith(".*") else [glob]
-    return [glob, *(f"{module}/*" for module in modules)]
+    names = [glob] if glob.startswith("*") and "." not in glob else []
+    return [*names, *(f"{module}/*" for module in modules)]
 
 
 def _tokens(glob: str) -> tuple[str, ...]:
@@ -119,6 +125,10 @@ class Selection:
         if any(pattern.matches(name) for pattern in self._exclude):
             return False
         return not self._include or any(pattern.matches(name) for pattern in self._include)
+
+    def matches_module(self, module: str) -> bool:
+        """Is this module selected as a whole, by its name without phase and tensor?"""
+        return self.matches(f"{module}/")
 
     def may_match(self, prefix: str) -> bool:
         """Could `prefix` be continued to a selected name, the rest being without `/`?

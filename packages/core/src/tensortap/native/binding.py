@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from tensortap.native.build import digest
+from tensortap.native.comparing import Comparing
 from tensortap.native.rounding import Rounding
 from tensortap.records import Statistics
 
@@ -50,7 +51,8 @@ class StaleLibrary(Exception):
 
 
 class Library:
-    """Compiled code of `path`: statistics, and as `rounding` that of the number formats.
+    """Compiled code of `path`: statistics, as `rounding` that of the number formats, and as
+    `comparing` that of pairs of tensors.
 
     Raises `OSError` or `StaleLibrary` if `path` is no use.
     """
@@ -66,6 +68,7 @@ class Library:
             function.argtypes = _ARGUMENTS
         self._kinds = _kinds(free)
         self.rounding = Rounding(path)
+        self.comparing = Comparing(path)
         os.register_at_fork(after_in_child=self._forget_threads)
 
     def serves(self, dtype: torch.dtype) -> bool:

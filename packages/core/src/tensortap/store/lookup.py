@@ -116,9 +116,9 @@ class Lookup:
         moments = {replace(r.at, rank=0) for r in self.find(name, Query()).records[:1000]}
         return describe(moments) if moments else ""
 
-    def part_names(self) -> list[str]:
-        """Names that parts of fused tensors have."""
-        return sorted(self._fused())
+    def part_sources(self) -> dict[str, str]:
+        """Names that parts of fused tensors have, and whose parts they are."""
+        return {part: fused for part, (_, fused) in self._fused().items()}
 
     def _records(self, name: str, query: Query) -> Iterable[TensorRecord]:
         for reader in self._readers.values():

@@ -108,7 +108,11 @@ class Run:
 
     def part_names(self) -> list[str]:
         """Names that are served from fused tensors as if they had been captured, sorted."""
-        return self._fresh(lambda: Lookup(self._readers).part_names())
+        return sorted(self.part_sources())
+
+    def part_sources(self) -> dict[str, str]:
+        """Name of each part -> name of the fused tensor that it is cut from."""
+        return self._fresh(lambda: Lookup(self._readers).part_sources())
 
     def records(
         self,
@@ -296,7 +300,7 @@ class Run:
         elsewhere = lookup.coordinates(name)
         if elsewhere:
             return RunError(f"not at these coordinates; it is at {elsewhere}")
-        known = [*self.names(), *lookup.part_names()]
+        known = [*self.names(), *lookup.part_sources()]
         return RunError(f"not captured. Closest names: {nearest(name, known)}")
 
     def coverage(self) -> dict[str, Any]:

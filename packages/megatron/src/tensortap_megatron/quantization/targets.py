@@ -45,10 +45,10 @@ def choose(models: Sequence[nn.Module], selection: Selection) -> list[Target]:
     Empty only on a rank where none of what is selected is: another pipeline stage's, say.
     """
     found = [target for model in models for target in _targets(model)]
-    chosen = [target for target in found if selection.matches(target.name)]
+    chosen = [target for target in found if selection.matches_module(target.name)]
     if not chosen:
         everywhere = _on_all_ranks([target.name for target in found], models)
-        if not any(selection.matches(name) for name in everywhere):
+        if not any(selection.matches_module(name) for name in everywhere):
             where = f"{type(models[0]).__name__}: of its modules, these compute matrix products"
             hint = " Select modules, without `/`." if "/" in selection.text else ""
             raise selection.nothing_in(everywhere, where, hint=hint)
