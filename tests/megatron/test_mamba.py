@@ -14,6 +14,10 @@ from tests.megatron import launching
 from tests.megatron.test_parallel import moments, names, require_equal
 
 import tensortap
+from tensortap_megatron import parameters
+from tensortap_megatron.facts import Facts
+from tensortap_megatron.naming import Named
+from tensortap_megatron.parallel import Group, Parallel
 
 pytest.importorskip("megatron.core")
 pytestmark = pytest.mark.xdist_group("megatron-mamba")
@@ -130,6 +134,21 @@ def _scan(x: Any, dt: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
             read = (state * c[t, :, None, group]).sum(-1)
             out[t, :, own] = read + d[head] * x[t, :, own]
     return out
+
+
+@pytest.mark.parametrize("marked", [True, False], ids=["0.16", "before"])
+def test_the_gated_norm_is_split_whether_megatron_marks_it_or_not(marked: bool) -> None:
+    """Before 0.16 its weight has no attribute `tensor_model_parallel`."""
+    norm = fake.FakeRMSNormGated(INNER // 2)
+    if marked:
+        norm.weight.tensor_model_parallel = True
+    named = Named("layers.0.mixer.norm", "decoder.layers.0.mixer.norm", norm)
+    facts = Facts(None, Parallel({"tp": Group(2, 1)}), None, True, True, False)
+    placed = parameters.plans(named, facts)["weight"].place(norm.weight, gradient=True)
+    assert placed is not None
+    assert placed.logical_shape == (INNER,)
+    assert placed.segments == {0: ((INNER // 2, INNER // 2),)}
+    assert placed.partial == ()
 
 
 def test_what_the_fused_kernel_hides_is_said(launch: Launches) -> None:

@@ -58,7 +58,8 @@ def _plan(named: Named, name: str, parameter: nn.Parameter, facts: Facts) -> Pla
         return _of_linear(named, name, facts)
     if named.word == "embed" and name == "weight":
         return Plan((Axis("vocab", facts.over_tensor, facts.vocabulary), Axis("hidden")))
-    if named.word.startswith("mixer") and getattr(parameter, "tensor_model_parallel", False):
+    # Before 0.16 the gated norm's weight is not marked as split, although it is.
+    if named.word in _OF_MIXERS:
         return _of_mixer(named, parameter, facts)
     if named.word == "mlp.router" and name == "weight":
         return Plan((Axis("expert"), Axis("hidden")))
@@ -71,6 +72,9 @@ def _plan(named: Named, name: str, parameter: nn.Parameter, facts: Facts) -> Pla
 
 
 _WORDS = ((), ("hidden",), ("out", "in"), ("out", "in", "kernel"), ("a", "b", "c", "d"))
+
+
+_OF_MIXERS = ("mixer", "mixer.conv", "mixer.norm")
 
 
 def _of_linear(named: Named, name: str, facts: Facts) -> Plan | None:
