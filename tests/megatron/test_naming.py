@@ -16,8 +16,12 @@ import tensortap
 from tensortap import MemorySink
 from tensortap.errors import NotSupported
 from tensortap.names import PHASES, TensorName
+from tensortap.records import Placement
+from tensortap_megatron import activations, parameters
+from tensortap_megatron.facts import Facts
 from tensortap_megatron.integration import integration
-from tensortap_megatron.naming import modules
+from tensortap_megatron.naming import Named, modules
+from tensortap_megatron.parallel import Group, Parallel
 
 pytestmark = pytest.mark.xdist_group("megatron-naming")
 
@@ -172,6 +176,48 @@ def test_experts_have_numbers_and_shared_ones_a_name() -> None:
         "layers.0.mlp.shared_expert.gate": ((0, 32),),
         "layers.0.mlp.shared_expert.up": ((32, 32),),
     }
+
+
+def spread(config: Any) -> Facts:
+    """The second of two tensor-parallel ranks."""
+    return Facts(config, Parallel({"tp": Group(2, 1)}), None, True, True, False)
+
+
+def test_shared_experts_that_overlap_communication_are_not_placed_as_if_they_did_it() -> None:
+    def plans(*, overlap: bool) -> set[str]:
+        model = built.gpt(
+            num_layers=1,
+            num_moe_experts=4,
+            moe_ffn_hidden_size=96,
+            moe_token_dispatcher_type="alltoall",
+            moe_shared_expert_intermediate_size=32,
+            moe_shared_expert_overlap=overlap,
+        )
+        [down] = [n for n in modules(model) if n.name == "layers.0.mlp.shared_expert.down"]
+        return set(activations.plans(down, spread(model.config)))
+
+    assert plans(overlap=True) == {"weight"}
+    assert {"input", "weight", "output"} <= plans(overlap=False)
+
+
+def test_a_gated_projection_is_two_halves_per_rank_under_its_native_path_too() -> None:
+    """That of multi-token prediction keeps its path; a rank still holds a piece of each half."""
+    layer = built.gpt(num_layers=1).decoder.layers[0].mlp.linear_fc1
+    named = Named("mtp.layers.0.mlp.linear_fc1", "mtp.layers.0.mlp.linear_fc1", layer)
+    placed = parameters.plans(named, spread(layer.config))["weight"].place(
+        layer.weight, gradient=False
+    )
+    assert placed is not None
+    half = layer.weight.shape[0]  # Of two ranks together.
+    assert placed.segments == {0: ((half // 2, half // 2), (half + half // 2, half // 2))}
+
+
+def test_a_split_parameter_that_no_rule_knows_is_unknown_not_whole() -> None:
+    module = nn.Module()
+    module.strange = nn.Parameter(torch.zeros(4))
+    module.strange.tensor_model_parallel = True
+    plan = parameters.plans(Named("odd", "odd", module), spread(None))["strange"]
+    assert plan.place(module.strange, gradient=False) == Placement(unknown=True)
 
 
 def test_multi_token_prediction_keeps_its_native_paths() -> None:

@@ -21,10 +21,17 @@ BATCH = Axis("batch")
 
 def plans(named: Named, facts: Facts) -> Plans:
     """Tensors seen at a module -> their plans; empty for modules nothing is known of."""
-    if named.in_expert:
+    if named.in_expert or _overlapped(named):
         # Their tokens come from many ranks, in an order that only the dispatcher knows.
         return {"weight": parameters.weight(named, facts)} if parts.is_linear(named.module) else {}
     return _KINDS.get(named.word, _by_class)(named, facts)
+
+
+def _overlapped(named: Named) -> bool:
+    """Layers of shared experts that communicate outside: gathered before, summed afterwards."""
+    config = getattr(named.module, "config", None)
+    overlap = bool(getattr(config, "moe_shared_expert_overlap", False))
+    return overlap and ".shared_expert." in named.name
 
 
 def _seq(cut: Cut) -> Axis:
