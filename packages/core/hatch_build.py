@@ -1,4 +1,4 @@
-"""Compile the kernel (statistics, number formats) into the wheel; without a C compiler the wheel is pure Python."""
+"""Compile the kernel into the wheel; without a C compiler the wheel is pure Python."""
 
 from __future__ import annotations
 

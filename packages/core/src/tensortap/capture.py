@@ -55,15 +55,15 @@ class Capture:
         self._backends: dict[str, Backend] = {}
         self._gradients = Gradients(self._gradient, clock.frame)
         self._seq = itertools.count()
-        self.enter = self._guarded(self._enter)
+        self.enter = self.guarded(self._enter)
         """Begin a call of a site; `None` when its step is not selected."""
-        self.see = self._guarded(self._see)
+        self.see = self.guarded(self._see)
         """Record the selected tensors of a call, and have their gradients watched."""
-        self.bring = self._guarded(self._bring)
+        self.bring = self.guarded(self._bring)
         """Record selected tensors of the backward of a call, which is under way."""
-        self.mark = self._guarded(self._mark)
+        self.mark = self.guarded(self._mark)
         """Have the first gradient of a forward tell which forward this backward belongs to."""
-        self.emit = self._guarded(self._emit)
+        self.emit = self.guarded(self._emit)
         """Hand one tensor to the transfer under all its names."""
 
     def stop(self, tell: Callable[[], None] | None = None) -> None:
@@ -73,7 +73,7 @@ class Capture:
         if tell is None:
             self._gradients.release()
 
-    def _guarded(self, act: Callable[P, R]) -> Callable[P, R | None]:
+    def guarded(self, act: Callable[P, R]) -> Callable[P, R | None]:
         """`act` outside compiled graphs; what it raises goes to `failed`, not to the model."""
 
         def guarded(*args: P.args, **kwargs: P.kwargs) -> R | None:
@@ -108,14 +108,14 @@ class Capture:
                 name = site.words.get(native, native)
                 if name is None:
                     continue
-                values = self.choices(site.name, "forward", name)
+                values = self.choices.of(site, "forward", name)
                 if values is not None:
                     seen = Sighting(site, "forward", name, at, values, dims.get(name), format)
                     self._emit(tensor, [seen])
-                if not _gets_gradient(tensor):
+                if name in site.forward_only or not _gets_gradient(tensor):
                     continue
                 gradient = "grad_" + name
-                values = self.choices(site.name, "backward", gradient)
+                values = self.choices.of(site, "backward", gradient)
                 if values is not None:
                     seen = Sighting(site, "backward", gradient, forward, values, dims.get(name))
                     self._gradients.watch(tensor, call.frame, seen)
@@ -133,7 +133,7 @@ class Capture:
         forward = replace(call.at, recompute=False)
         for key, value in tensors.items():
             for name, tensor in tensors_in(key, value):
-                values = self.choices(call.site.name, "backward", name)
+                values = self.choices.of(call.site, "backward", name)
                 if values is not None:
                     seen = Sighting(
                         call.site, "backward", name, forward, values, dims.get(name), format

@@ -31,18 +31,28 @@ class Choices:
             self._made[key] = values
             return values
 
+    def of(self, site: Site, phase: str, tensor: str) -> Values | None:
+        """The same for a tensor of a site, which may be selected by the name of a part of it."""
+        if not site.parts:
+            return self(site.name, phase, tensor)
+        found = [self(name, phase, tensor) for name in (site.name, *site.parts)]
+        return next((values for values in _MOST_FIRST if values in found), None)
+
     def wants(self, site: Site) -> bool:
         """Could any tensor of the site be selected? Decides whether it is hooked at all."""
-        for phase, prefix in (("forward", ""), ("backward", "grad_")):
+        for phase in ("forward", "backward"):
             if phase not in self._settings.phases:
                 continue
-            for word in _words(site, phase, prefix):
-                if self(site.name, phase, word) is not None:
+            for word in tensors_of(site, phase):
+                if self.of(site, phase, word) is not None:
                     return True
-                several = f"{site.name}/{phase}/{word}."
-                if site.kind == "module" and self._settings.select.may_match(several):
+                if site.kind == "module" and self._may_match(site, phase, word):
                     return True
         return False
+
+    def _may_match(self, site: Site, phase: str, word: str) -> bool:
+        names = (site.name, *site.parts)
+        return any(self._settings.select.may_match(f"{name}/{phase}/{word}.") for name in names)
 
     def sites_in(
         self, sites: Sequence[Site], parameters: Sequence[str], elsewhere: Sequence[str] = ()
@@ -57,7 +67,7 @@ class Choices:
         ):
             for site in selected:
                 raise SelectionError(f"{site.name} cannot be captured: {site.silent}.")
-            names = [f"{site.name}/forward/{tensor}" for site in sites for tensor in site.tensors]
+            names = [name for site in sites for name in _names(site, "forward")]
             known = list(dict.fromkeys([*names, *parameters, *elsewhere]))
             raise self._settings.select.nothing_in(known, "this model", hint=self._hint(sites))
         return selected
@@ -73,9 +83,8 @@ class Choices:
 
     def warn_of_dead(self, sites: Sequence[Site], parameters: Sequence[str]) -> None:
         """A pattern that matches nothing among others that do is most likely a typo."""
-        words = [("forward", w) for s in sites for w in s.tensors]
-        words = list(dict.fromkeys(words + [("backward", f"grad_{w}") for _, w in words]))
-        names = [f"{site.name}/{phase}/{word}" for site in sites for phase, word in words]
+        both = ("forward", "backward")
+        names = [name for site in sites for phase in both for name in _names(site, phase)]
         said = {"select": self._settings.select}
         said |= {f"values ({rule.text!r})": rule for rule, _ in self._settings.values.rules}
         for option, selection in said.items():
@@ -93,7 +102,18 @@ class Choices:
         return any(self(*name.split("/")) is not None for name in names)
 
 
-def _words(site: Site, phase: str, prefix: str) -> list[str]:
+_MOST_FIRST: tuple[Values, ...] = ("full", "sample", "stats")
+
+
+def tensors_of(site: Site, phase: str) -> list[str]:
     """What the tensors of a site are called in a phase."""
-    own = site.backward if phase == "backward" else ()
-    return [f"{prefix}{tensor}" for tensor in site.tensors] + list(own)
+    if phase == "forward":
+        return list(site.tensors)
+    watched = [tensor for tensor in site.tensors if tensor not in site.forward_only]
+    return [f"grad_{tensor}" for tensor in watched] + list(site.backward)
+
+
+def _names(site: Site, phase: str) -> list[str]:
+    """Every name the tensors of a site can be selected by."""
+    modules = (site.name, *site.parts)
+    return [f"{name}/{phase}/{word}" for name in modules for word in tensors_of(site, phase)]

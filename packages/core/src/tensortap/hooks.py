@@ -8,20 +8,15 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from tensortap.capture import Capture, SiteCall
-from tensortap.choices import Choices
-from tensortap.gradients import Sighting
 from tensortap.graphs import outside_graph
 from tensortap.integration import Site
-from tensortap.names import escape
-from tensortap.records import Coordinates
-from tensortap.steps import Frame
 from tensortap.undo import Undo
 from tensortap.walk import arguments, first_parameter
 
@@ -136,73 +131,6 @@ class _OpenCalls(threading.local):
         if call is None or last is None or last.frame is not call.frame:
             self.calls.clear()
         self.calls.append(call)
-
-
-class ParameterHooks:
-    """Captures parameters when a step begins, and gradients as backward accumulates them."""
-
-    def __init__(self, sites: Sequence[Site], choices: Choices) -> None:
-        self._choices = choices
-        self._capture: Capture | None = None
-        self._owners: dict[nn.Parameter, list[tuple[Site, str]]] = {}
-        for site in sites:
-            if site.kind == "module":
-                for native, parameter in site.module.named_parameters(recurse=False):
-                    name = site.words.get(native, escape(native))
-                    if name is not None:
-                        self._owners.setdefault(parameter, []).append((site, name))
-
-    def names(self) -> list[str]:
-        """Every name a parameter or its gradient could be recorded under."""
-        owners = [owner for owners in self._owners.values() for owner in owners]
-        return [f"{site.name}/{phase}/{n}" for phase in ("param", "grad") for site, n in owners]
-
-    def install(self, capture: Capture, undo: Undo) -> None:
-        """Hook the parameters whose gradients are selected."""
-        self._capture = capture
-        accumulated = Hook(self._accumulated)
-        for parameter in self._owners:
-            if parameter.requires_grad and self._seen(parameter, "grad", Coordinates()):
-                register = parameter.register_post_accumulate_grad_hook
-                if not parameter._post_accumulate_grad_hooks:
-                    undo.call(functools.partial(_forget_hooks, parameter))
-                undo.keep(register(accumulated))  # type: ignore[no-untyped-call]
-
-    def begin_step(self, frame: Frame) -> None:
-        """Capture every selected parameter, as the first forward of the step will use it."""
-        if self._capture is None or not self._capture.active or not frame.selected:
-            return
-        for parameter in self._owners:
-            seen = self._seen(parameter, "param", frame.whole())
-            if seen:
-                self._capture.emit(parameter, seen)
-
-    def _accumulated(self, parameter: torch.Tensor) -> None:
-        if self._capture is None or not self._capture.active:
-            return
-        frame = self._capture.clock.frame()
-        if frame.selected:
-            seen = self._seen(parameter, "grad", frame.whole(frame.microbatch))
-            gradient = seen[0].site.gradient(cast(nn.Parameter, parameter))
-            if gradient is not None:
-                self._capture.emit(gradient, seen)
-
-    def _seen(self, parameter: torch.Tensor, phase: str, at: Coordinates) -> list[Sighting]:
-        chosen = (
-            (site, name, self._choices(site.name, phase, name))
-            for site, name in self._owners[cast(nn.Parameter, parameter)]
-        )
-        return [
-            Sighting(site, phase, name, at, values, site.dims.get(name))
-            for site, name, values in chosen
-            if values is not None
-        ]
-
-
-def _forget_hooks(parameter: nn.Parameter) -> None:
-    """A parameter that never had such a hook has `None` there, not an empty dictionary."""
-    if not parameter._post_accumulate_grad_hooks:
-        parameter._post_accumulate_grad_hooks = None  # type: ignore[assignment]
 
 
 def ancestors(root: nn.Module, tapped: Iterable[nn.Module]) -> list[nn.Module]:

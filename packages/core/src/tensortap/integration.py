@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, ParamSpec, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import nn
 
 from tensortap.records import FormatInfo, Placement
 from tensortap.undo import Undo
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 PlacementRule = Callable[[str, str, torch.Tensor], "Placement | None"]
 """(phase, tensor, value) -> how the value lies in the logical tensor; `None`: it is whole."""
@@ -51,9 +54,15 @@ class Site:
     words: Mapping[str, str | None] = field(default_factory=dict)
     """What hooks and modules call a tensor or parameter -> its name here; `None`: not recorded.
     `{"input.1": "key", "layer_norm_weight": "weight"}`."""
+    parts: tuple[str, ...] = ()
+    """Names this site is selected by as well: those of what is fused in it."""
+    forward_only: tuple[str, ...] = ()
+    """Of `tensors`: those whose gradients are not watched."""
     backward: tuple[str, ...] = ()
     """Tensors of the backward of a function site that are no gradients of `tensors`."""
     gradient: GradientRule = plain_gradient
+    late_parameters: bool = False
+    """Are its parameters valid only once its module runs, not when the step begins?"""
     silent: str | None = None
     """Why hooks at this site can never fire (`"superseded by layers.0.mixer.conv"`)."""
 
@@ -90,6 +99,9 @@ class Observer(Protocol):
 
     def enter(self, site: Site) -> Call | None:
         """Begin a call of a function site; `None` when this step or rank is not selected."""
+
+    def guard(self, hook: Callable[P, R]) -> Callable[P, R | None]:
+        """`hook`, whose failures are reported like those of the tap, and never reach the model."""
 
     def end_step(self) -> None:
         """The framework's own trainer finished one step, also when it skipped an overflow."""

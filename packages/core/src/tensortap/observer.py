@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from typing import ParamSpec, TypeVar
 
 from tensortap.capture import Capture, SiteCall
 from tensortap.integration import Site
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class TapObserver:
@@ -23,6 +27,10 @@ class TapObserver:
     def enter(self, site: Site) -> SiteCall | None:
         """Begin a call of a function site; `None` when its step is not selected."""
         return self._capture.enter(site) if self.wants(site) else None
+
+    def guard(self, hook: Callable[P, R]) -> Callable[P, R | None]:
+        """What the hook raises is reported, and does not reach the model."""
+        return self._capture.guarded(hook)
 
     def end_step(self) -> None:
         """The framework's own trainer finished one step."""

@@ -26,13 +26,14 @@ from tensortap.destination import destination
 from tensortap.discovery import aliases, better, discover
 from tensortap.errors import CaptureError, CaptureWarning, ConfigError
 from tensortap.gradients import Sighting
-from tensortap.hooks import ContainerHooks, ModuleHooks, ParameterHooks, ancestors
+from tensortap.hooks import ContainerHooks, ModuleHooks, ancestors
 from tensortap.integration import Integration, Site, SpreadModels
 from tensortap.launch import rank_and_world
 from tensortap.names import TensorName, escape
 from tensortap.observer import TapObserver
 from tensortap.optimizers import watch_optimizers
 from tensortap.outcome import Outcome
+from tensortap.parameters import ParameterHooks
 from tensortap.records import RunInfo, TensorRecord, Values
 from tensortap.runinfo import describe_run
 from tensortap.sinks import CoverageSink, PayloadSink, TensorSink

@@ -14,6 +14,8 @@
 #define KEY_SHIFT 45
 #define KEYS (1 << 18)
 #define ROW (1 << 7)
+/* Before a thread's 32-bit counts can overflow. */
+#define TASKS_TO_FLUSH 65536
 
 /* Counts by signed keys, and by their rows: sign and exponent only. */
 typedef struct {
@@ -197,6 +199,12 @@ static void flush(const key_counts *from, const histogram *to)
         flush_row(from->counts, 0, to);
 }
 
+static void flush_both(const key_counts *counts, const job *j)
+{
+    flush(&counts[0], &j->absolute);
+    flush(&counts[1], &j->relative);
+}
+
 /* Runs on every thread until no task is left, in the default floating-point environment: a thread
  * that flushes subnormals to zero would find fewer differences. */
 static void take_tasks(void *argument)
@@ -208,11 +216,13 @@ static void take_tasks(void *argument)
     const int64_t slot = __atomic_fetch_add(&j->slots, 1, __ATOMIC_RELAXED);
     uint32_t *mine = j->scratch + slot * 4 * KEYS;
     key_counts counts[2] = {{mine, KEYS, 0}, {mine + 2 * KEYS, KEYS, 0}};
-    int64_t task;
-    while ((task = __atomic_fetch_add(&j->next, 1, __ATOMIC_RELAXED)) < j->tasks)
+    int64_t task, taken = 0;
+    while ((task = __atomic_fetch_add(&j->next, 1, __ATOMIC_RELAXED)) < j->tasks) {
         do_task(j, task, counts);
-    flush(&counts[0], &j->absolute);
-    flush(&counts[1], &j->relative);
+        if (++taken % TASKS_TO_FLUSH == 0)
+            flush_both(counts, j);
+    }
+    flush_both(counts, j);
     fesetenv(&before);
 }
 

@@ -157,10 +157,14 @@ def _last_sums(records: tuple[TensorRecord, ...]) -> tuple[TensorRecord, ...]:
     return tuple(last.values())
 
 
+_REPLICAS = ("dp", "edp")
+"""Groups of data-parallel ranks; experts have one of their own."""
+
+
 def _of_one_replica(placement: Placement | None) -> Placement | None:
-    if placement is None or "dp" not in placement.partial:
+    if placement is None or not set(placement.partial) & set(_REPLICAS):
         return placement
-    return replace(placement, partial=tuple(g for g in placement.partial if g != "dp"))
+    return replace(placement, partial=tuple(g for g in placement.partial if g not in _REPLICAS))
 
 
 def parts_of(record: TensorRecord) -> tuple[Part, ...]:
