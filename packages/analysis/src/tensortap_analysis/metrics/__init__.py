@@ -1,0 +1,15 @@
+"""All metrics between two tensors, block by block: two passes, memory for a few blocks."""
+
+from tensortap_analysis.metrics.likeness import bhattacharyya
+from tensortap_analysis.metrics.measuring import measure, measure_tensors
+from tensortap_analysis.metrics.result import ErrorHistogram, Metrics, Octaves, Side
+
+__all__ = [
+    "ErrorHistogram",
+    "Metrics",
+    "Octaves",
+    "Side",
+    "bhattacharyya",
+    "measure",
+    "measure_tensors",
+]

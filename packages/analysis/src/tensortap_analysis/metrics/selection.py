@@ -1,0 +1,153 @@
+"""Exact order statistics from histograms of leading bits, in a bounded amount of memory.
+
+Non-negative float64 are ordered as their bits are. The histogram says which prefix the value of
+a rank has and how many values share it; those are collected and partitioned if there are not too
+many, else counted by their next bits first. A prefix whose values are all equal is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from tensortap.errors import RunError
+from tensortap.native.comparing import KEY_SHIFT, NEXT_BITS, Histogram, Quest
+
+ROOM = 1 << 22
+"""Most values that are collected at once: 32 MiB."""
+
+Ints = npt.NDArray[np.int64]
+Look = Callable[[Quest | None, Quest | None], None]
+"""One pass over all pairs that serves the quests for differences and for relative ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Bin:
+    """Values that share the bits above `shift`; `below` values are smaller than all of them."""
+
+    prefix: int
+    below: int
+    count: int
+
+
+@dataclass(slots=True)
+class Search:
+    """The ranks that are looked for among values of one kind, and what is known of them."""
+
+    ranks: Sequence[int]
+    bins: Sequence[_Bin]
+    shift: int = KEY_SHIFT
+    found: dict[int, float] = field(default_factory=dict)
+
+    @classmethod
+    def begun(cls, seen: Histogram, zero: int, ranks: Sequence[int]) -> Search:
+        """From counts by signed keys; the `zero` smallest values are known to be 0."""
+        open_ranks = [rank for rank in ranks if rank >= zero]
+        bins = []
+        for row in _bins_of(seen.rows.sum(axis=0), 0, 0, open_ranks):
+            counts = seen.keys[:, row.prefix].sum(axis=0)
+            inside = [rank for rank in open_ranks if _holds(row, rank)]
+            bins += _bins_of(counts, row.prefix * len(counts), row.below, inside)
+        return cls(open_ranks, bins, found={rank: 0.0 for rank in ranks if rank < zero})
+
+    @property
+    def waiting(self) -> int:
+        """How many values share a prefix with one that is looked for."""
+        return sum(bin_.count for bin_ in self.bins)
+
+    def quest(self, threads: int, *, collect: bool) -> Quest | None:
+        """What to look for in the next pass; `None` when all is known."""
+        if not self.bins:
+            return None
+        found = np.empty(self.waiting, dtype=np.int64) if collect else None
+        return Quest(self.shift, [bin_.prefix for bin_ in self.bins], found, threads)
+
+    def learn(self, quest: Quest) -> None:
+        """Take over what a pass has found. Raises `RunError` when the values are other ones."""
+        seen = int(quest.counts.sum()) if quest.found is None else quest.taken
+        if seen != self.waiting:
+            raise RunError("The tensors changed while they were compared; compare them again.")
+        if quest.found is not None:
+            self._pick(quest.found)
+            self.bins = ()
+        else:
+            self._narrow(quest)
+
+    def _pick(self, found: Ints) -> None:
+        keys = found >> self.shift
+        for bin_ in self.bins:
+            mine = found[keys == bin_.prefix]
+            places = {rank: rank - bin_.below for rank in self._ranks_in(bin_)}
+            mine.partition(sorted(set(places.values())))
+            self.found |= {rank: _value(mine[place]) for rank, place in places.items()}
+
+    def _narrow(self, quest: Quest) -> None:
+        width, further = min(self.shift, NEXT_BITS), []
+        counts = quest.counts.sum(axis=0)
+        ones = np.bitwise_or.reduce(quest.ones)
+        mixed = ones & np.bitwise_or.reduce(quest.zeros)
+        for row, bin_ in enumerate(self.bins):
+            ranks = self._ranks_in(bin_)
+            inner = _bins_of(counts[row], bin_.prefix << width, bin_.below, ranks)
+            for narrow in inner:
+                place = narrow.prefix & ((1 << width) - 1)
+                if mixed[row, place]:
+                    further.append(narrow)
+                    continue
+                value = _value(ones[row, place])
+                self.found |= {rank: value for rank in ranks if _holds(narrow, rank)}
+        self.bins, self.shift = further, self.shift - width
+
+    def _ranks_in(self, bin_: _Bin) -> list[int]:
+        return [rank for rank in self.ranks if _holds(bin_, rank)]
+
+
+def search(look: Look, absolute: Search, relative: Search, *, threads: int) -> None:
+    """Pass over the pairs until both searches are done: once, or up to four times more."""
+    while waiting := absolute.waiting + relative.waiting:
+        collect = waiting <= ROOM
+        quests = [one.quest(threads, collect=collect) for one in (absolute, relative)]
+        look(*quests)
+        for one, quest in zip((absolute, relative), quests, strict=True):
+            if quest is not None:
+                one.learn(quest)
+
+
+def percentile_ranks(count: int, percents: Sequence[int]) -> list[int]:
+    """The ranks, from 0, that `percentile` needs."""
+    places = [(count - 1) * (percent / 100) for percent in percents]
+    return sorted(
+        {min(rank, count - 1) for place in places for rank in (int(place), int(place) + 1)}
+    )
+
+
+def percentile(found: Mapping[int, float], count: int, percent: int) -> float:
+    """Linear interpolation between the neighbours of a place, rounded as numpy's."""
+    place = (count - 1) * (percent / 100)
+    low = int(place)
+    lower, upper, part = found[low], found[min(low + 1, count - 1)], place - low
+    if lower == upper:
+        return lower
+    gap = upper - lower
+    return upper - gap * (1 - part) if part >= 0.5 else lower + gap * part
+
+
+def _bins_of(counts: Ints, start: int, below: int, ranks: Sequence[int]) -> list[_Bin]:
+    """The bins that hold ranks; `start` is the prefix of the first bin."""
+    until = below + np.cumsum(counts)
+    places = sorted({int(place) for place in np.searchsorted(until, ranks, side="right")})
+    return [
+        _Bin(start + place, int(until[place] - counts[place]), int(counts[place]))
+        for place in places
+    ]
+
+
+def _holds(bin_: _Bin, rank: int) -> bool:
+    return bin_.below <= rank < bin_.below + bin_.count
+
+
+def _value(bits: np.int64) -> float:
+    return float(np.int64(bits).view(np.float64))
