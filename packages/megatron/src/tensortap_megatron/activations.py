@@ -14,7 +14,7 @@ from tensortap_megatron import parameters, parts
 from tensortap_megatron.facts import Facts
 from tensortap_megatron.naming import Named, is_layer
 from tensortap_megatron.placements import Axis, Plan, Plans
-from tensortap_megatron.shards import Cut, shared, split, whole
+from tensortap_megatron.shards import Cut, shared, split, unless_whole, whole
 
 BATCH = Axis("batch")
 
@@ -80,8 +80,10 @@ def _root(named: Named, facts: Facts) -> Plans:
 _TOKEN_ARGUMENTS = ("input.position_ids", "input.labels", "input.loss_mask")
 
 
-def _vocab(facts: Facts, *, gathered: bool = False) -> Axis:
-    return Axis("vocab", whole if gathered else facts.over_tensor, facts.vocabulary)
+def _vocab(facts: Facts) -> Axis:
+    """Logits; generation gathers them in the layer (`runtime_gather_output`)."""
+    cut = unless_whole(facts.over_tensor, facts.padded_vocabulary)
+    return Axis("vocab", cut, facts.vocabulary)
 
 
 def linear(named: Named, facts: Facts) -> Plans:
@@ -112,7 +114,7 @@ def linear(named: Named, facts: Facts) -> Plans:
 def _column_output(named: Named, facts: Facts) -> Plan:
     gathered = bool(getattr(named.module, "gather_output", False))
     if parts.is_head(named):
-        return Plan((_seq(facts.inner), BATCH, _vocab(facts, gathered=gathered)))
+        return Plan((_seq(facts.inner), BATCH, _vocab(facts)))
     cut = whole if gathered else parts.column_cut(named, facts)
     axis = Axis(_outer_word(named), cut)
     axes = (_seq(facts.inner), BATCH, axis)
@@ -206,7 +208,7 @@ def _by_class(named: Named, facts: Facts) -> Plans:
 
 _KINDS: Mapping[str, Callable[[Named, Facts], Plans]] = {
     "root": _root,
-    "embed": _tokens,
+    **dict.fromkeys(("embed", "embed.position", "embed.token_type"), _tokens),
     "embedding": _embedding,
     "attn.core": _attention,
     "cross_attn.core": _attention,

@@ -37,4 +37,4 @@ def install(site: Site, observer: Observer, undo: Undo) -> None:
         if call is not None:
             call.capture({"token_index": getattr(dispatcher, _INDEX, None)})
 
-    undo.keep(layer.experts.register_forward_pre_hook(Hook(before)))
+    undo.keep(layer.experts.register_forward_pre_hook(Hook(observer.guard(before))))

@@ -25,6 +25,9 @@ class Facts:
     last_stage: bool
     tied: bool
     """Does the output layer use the embedding's weight?"""
+    mixers: bool = False
+    """May layers be Mamba mixers, here or on another stage?"""
+    padded_vocabulary: int | None = None
 
     @classmethod
     def of(cls, model: nn.Module) -> Facts:
@@ -37,6 +40,8 @@ class Facts:
             bool(getattr(found, "pre_process", True)),
             bool(getattr(found, "post_process", True)),
             bool(getattr(found, "share_embeddings_and_output_weights", False)),
+            mixers=any(kind.__name__ == "MambaModel" for kind in type(found).__mro__),
+            padded_vocabulary=getattr(found, "vocab_size", None),
         )
 
     @property

@@ -1,4 +1,4 @@
-"""Where Megatron accumulates the gradient of a parameter."""
+"""Where Megatron keeps the gradient of a parameter, and when its value is there."""
 
 from __future__ import annotations
 
@@ -25,3 +25,12 @@ def accumulated(parameter: nn.Parameter) -> torch.Tensor | None:
         return main
     total: torch.Tensor = (main + fresh).to(main.dtype)
     return total
+
+
+def late(module: nn.Module) -> bool:
+    """Does Megatron gather the parameters of a module only when it begins to run?
+
+    With `overlap_param_gather` DistributedDataParallel waits for them in a hook of each module.
+    """
+    words = (getattr(hook, "__qualname__", "") for hook in module._forward_pre_hooks.values())
+    return any("DistributedDataParallel._make_forward_pre_hook" in word for word in words)

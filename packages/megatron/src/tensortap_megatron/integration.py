@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -15,7 +15,6 @@ from tensortap.undo import Undo
 from tensortap_megatron import (
     activations,
     elsewhere,
-    engine,
     experts,
     linears,
     mixers,
@@ -23,9 +22,10 @@ from tensortap_megatron import (
     optimizer,
     parameters,
     parts,
+    transformer_engine,
 )
 from tensortap_megatron.facts import Facts
-from tensortap_megatron.gradients import accumulated
+from tensortap_megatron.gradients import accumulated, late
 from tensortap_megatron.naming import Named, is_layer, modules
 from tensortap_megatron.placements import SitePlans
 from tensortap_megatron.quantization import format_of
@@ -44,6 +44,13 @@ _CORE_WORDS = {
     "output": "context",
 }
 _QUANTIZED = ("query_quantized", "key_quantized", "probs_quantized", "value_quantized")
+
+_INSTALL: Mapping[str, Callable[[Site, Observer, Undo], object]] = {
+    "product": linears.install,
+    "products": operands.register,
+    "routing": experts.install,
+}
+"""How the function sites are tapped, by what follows the colon in their native names."""
 
 
 class Megatron:
@@ -81,9 +88,9 @@ class Megatron:
         """Watch products, routing and the optimizer for the sites that are wanted."""
         for site in sites:
             if site.kind == "function" and observer.wants(site):
-                _install(site, observer, undo)
+                _INSTALL[site.native.rpartition(":")[2]](site, observer, undo)
             elif observer.wants(site):
-                engine.explain(site, observer)
+                transformer_engine.explain(site, observer)
         mixers.explain(sites, observer)
         optimizer.watch(model, observer.end_step, undo)
         if _version(_installed()) >= _version(TESTED[1]):
@@ -115,17 +122,24 @@ def _sites(named: Named, facts: Facts) -> Iterator[Site]:
 
     def site(native: str, tensors: Sequence[str], **more: Any) -> Site:
         fields = {"dims": plans.dims, "placement": rule, "gradient": accumulated, **more}
+        fields |= {"parts": parts.of_input(named), "late_parameters": late(named.module)}
         return Site(
             fields.pop("name", named.name), native, named.module, tensors=tuple(tensors), **fields
         )
 
     yield site(named.native, _tensors(words), words=words, silent=_silent(named))
     if parts.has_norm(named.module):
-        yield engine.norm_site(named, facts)
-    yield from engine.expert_sites(named, facts)
+        yield transformer_engine.norm_site(named, facts)
+    yield from transformer_engine.expert_sites(named, facts)
     if parts.is_linear(named.module) and not parts.experts_of(named.module):
         native = f"{named.native}:product"
-        yield site(native, linears.TENSORS, kind="function", backward=linears.BACKWARD)
+        yield site(
+            native,
+            linears.TENSORS,
+            kind="function",
+            forward_only=linears.TENSORS,
+            backward=linears.BACKWARD,
+        )
     if named.word.endswith(".core"):
         yield from _core_sites(named, site)
     if experts.dispatcher_of(named.module) is not None:
@@ -150,14 +164,18 @@ def _words(named: Named, facts: Facts) -> dict[str, str | None]:
         # A stage hands on what its last layer returns; under one name it would meet the loss.
         return {"output": None}
     if parts.has_norm(named.module):
-        return engine.norm_words()
+        return transformer_engine.norm_words()
     if parts.experts_of(named.module):
-        return engine.grouped_words(named.module)
+        return transformer_engine.grouped_words(named.module)
     if parts.is_linear(named.module):
         tied = facts.tied and not facts.first_stage and named.word == "lm_head"
         return {"output.1": None, "input.weight": None, **({"weight": None} if tied else {})}
     # A bias that is added later is a parameter, recorded as such.
-    return {"output.1": None, **engine.block_words(named)} if named.word in _WITH_BIAS else {}
+    return (
+        {"output.1": None, **transformer_engine.block_words(named)}
+        if named.word in _WITH_BIAS
+        else {}
+    )
 
 
 _WITH_BIAS = ("attn", "cross_attn", "mlp", "mlp.shared_expert", "mixer")
@@ -178,7 +196,7 @@ def _core_sites(named: Named, site: Any) -> Iterator[Site]:
         inputs = dict.fromkeys(("input", "input.1", "input.2"))
         probs = site(f"{named.native}.scale_mask_softmax", ("probs",))
         yield dataclasses.replace(probs, module=softmax, words={**inputs, "output": "probs"})
-    yield site(f"{named.native}:products", _QUANTIZED, kind="function")
+    yield site(f"{named.native}:products", _QUANTIZED, kind="function", forward_only=_QUANTIZED)
 
 
 def _routing(named: Named, *, spread: bool) -> Site:
@@ -189,6 +207,7 @@ def _routing(named: Named, *, spread: bool) -> Site:
         named.module,
         kind="function",
         tensors=experts.TENSORS,
+        forward_only=experts.TENSORS,
         dims={"token_index": "token"},
         placement=SitePlans().rule(spread=spread),
     )
@@ -210,15 +229,6 @@ def _tied(named: Named, facts: Facts) -> Site:
     )
 
 
-def _install(site: Site, observer: Observer, undo: Undo) -> None:
-    if site.tensors == linears.TENSORS:
-        linears.install(site, observer, undo)
-    elif site.tensors == experts.TENSORS:
-        experts.install(site, observer, undo)
-    else:
-        operands.register(site, observer, undo)
-
-
 def _installed() -> str:
     return str(sys.modules["megatron.core"].__version__)
 
@@ -229,11 +239,9 @@ def _version(text: str) -> tuple[int, ...]:
 
 
 def _versions() -> dict[str, str]:
-    engine = sys.modules.get("transformer_engine")
     found = {"megatron-core": _installed()}
-    if engine is not None and hasattr(engine, "__version__"):
-        found["transformer-engine"] = str(engine.__version__)
-    return found
+    version = getattr(sys.modules.get("transformer_engine"), "__version__", None)
+    return found if version is None else found | {"transformer-engine": str(version)}
 
 
 def _plain(config: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import nn
 from tensortap.hooks import Hook
 from tensortap.integration import Call, Observer, Site
 from tensortap.undo import Undo
-from tensortap_megatron import engine, operands
+from tensortap_megatron import operands, transformer_engine
 
 TENSORS = ("weight", "input_quantized")
 BACKWARD = ("weight", "grad_output_quantized", "grad_input_local")
@@ -40,14 +40,17 @@ def install(site: Site, observer: Observer, undo: Undo) -> None:
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
         call, reported = products.leave()
         if call is not None:
-            hidden = engine.narrowed(module)
+            hidden = transformer_engine.narrowed(module)
             if hidden:
-                engine.explain_operand(site, observer)
+                transformer_engine.explain_operand(site, observer)
             weight = None if reported or hidden else _weight(module, args, kwargs)
             call.capture({"weight": weight})
-            _watch(call, getattr(args[0] if args else None, "shape", None), weight, output)
+            given = next(iter((*args, *kwargs.values())), None)
+            product = _Product(call, getattr(given, "shape", None), weight)
+            _watch(product, output, observer)
 
-    undo.keep(site.module.register_forward_hook(Hook(after), with_kwargs=True))
+    hook = Hook(observer.guard(after))
+    undo.keep(site.module.register_forward_hook(hook, with_kwargs=True))
 
 
 def _weight(module: Any, args: tuple[Any, ...], kwargs: Any) -> torch.Tensor | None:
@@ -58,12 +61,13 @@ def _weight(module: Any, args: tuple[Any, ...], kwargs: Any) -> torch.Tensor | N
     return weight.detach() if isinstance(weight, torch.Tensor) else None
 
 
-def _watch(call: Call, shape: torch.Size | None, weight: torch.Tensor | None, output: Any) -> None:
+def _watch(product: _Product, output: Any, observer: Observer) -> None:
     """Report what the product does in backward, when that runs."""
     tensor = output[0] if isinstance(output, tuple) else output
     node = next(_products(getattr(tensor, "grad_fn", None)), None)
     if node is not None:
-        node.register_hook(_Product(call, shape, weight, _PRODUCTS[node.name()]))
+        product.candidates = _PRODUCTS[node.name()]
+        node.register_hook(observer.guard(product))
 
 
 def _products(node: Any) -> Iterator[Any]:
@@ -78,21 +82,17 @@ def _products(node: Any) -> Iterator[Any]:
 class _Product:
     """Called with the gradients that a product's backward computed."""
 
-    def __init__(
-        self,
-        call: Call,
-        shape: torch.Size | None,
-        weight: torch.Tensor | None,
-        candidates: slice,
-    ) -> None:
+    candidates = slice(0)
+    """Which of the gradients may be the input's."""
+
+    def __init__(self, call: Call, shape: torch.Size | None, weight: torch.Tensor | None) -> None:
         """`shape` is that of the input; `weight` is `None` where others report the operand."""
         self._call = call
         self._shape = shape
         self._weight = weight
-        self._candidates = candidates
 
     def __call__(self, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
         # None fits where sequence parallelism reduces it outside of the product (frozen weights).
-        shares = (g for g in inputs[self._candidates] if g is not None and g.shape == self._shape)
+        shares = (g for g in inputs[self.candidates] if g is not None and g.shape == self._shape)
         found = {"weight": self._weight, "grad_input_local": next(shares, None)}
         self._call.capture(found, phase="backward")

@@ -6,8 +6,6 @@ quantisation does) calls `enter` once a forward and reports to the call it gets.
 
 from __future__ import annotations
 
-from weakref import WeakKeyDictionary
-
 from torch import nn
 
 from tensortap.integration import Call, Observer, Site
@@ -36,7 +34,7 @@ class Operands:
         return call, reported
 
 
-_TAPPED: WeakKeyDictionary[nn.Module, Operands] = WeakKeyDictionary()
+_TAPPED: dict[nn.Module, Operands] = {}
 
 
 def register(site: Site, observer: Observer, undo: Undo) -> Operands:

@@ -21,6 +21,11 @@ def split(group: Group) -> Cut:
     return lambda length: (length * group.size, ((group.rank * length, length),))
 
 
+def unless_whole(cut: Cut, total: int | None) -> Cut:
+    """`cut`, but for a piece that has been gathered to all `total` already."""
+    return lambda length: whole(length) if length == total else cut(length)
+
+
 def fused(group: Group, shares: Sequence[int]) -> Cut:
     """Several tensors one after the other, each split: a rank holds its piece of each.
 

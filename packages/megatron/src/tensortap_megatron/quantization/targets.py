@@ -10,7 +10,8 @@ from torch import nn
 
 from tensortap.errors import AlreadyAttached, NotSupported
 from tensortap.selection import Selection
-from tensortap_megatron import naming
+from tensortap_megatron import elsewhere, naming
+from tensortap_megatron.facts import Facts
 from tensortap_megatron.quantization import linear
 from tensortap_megatron.quantization.attention import AttentionForward
 from tensortap_megatron.quantization.linear import LinearForward
@@ -131,22 +132,7 @@ def _generic(targets: Iterable[Target]) -> list[str]:
 
 
 def _on_all_ranks(names: Iterable[str], models: Sequence[nn.Module]) -> list[str]:
-    """Names that modules have on any pipeline stage or expert rank, from the global sizes."""
-    configs = [getattr(module, "config", None) for module in models[0].modules()]
-    config = next((config for config in configs if config is not None), None)
-    found = list(names)
-    if getattr(config, "pipeline_model_parallel_size", 1) > 1:
-        found = [*_numbered("layers", config, "num_layers", found), "lm_head"]
-    if getattr(config, "expert_model_parallel_size", 1) > 1:
-        found = _numbered("experts", config, "num_moe_experts", found)
-    return list(dict.fromkeys(found))
-
-
-def _numbered(word: str, config: object, size: str, names: Iterable[str]) -> list[str]:
-    """Each name with every number that can stand after `word`."""
-    place, numbers = re.compile(rf"\b{word}\.\d+"), range(getattr(config, size, None) or 0)
-    return [
-        numbered
-        for name in names
-        for numbered in ([place.sub(f"{word}.{n}", name) for n in numbers] or [name])
-    ]
+    """Names of products on any pipeline stage or expert rank."""
+    everywhere = elsewhere.modules(Facts.of(models[0]))
+    products = [name for name, kind in everywhere.items() if kind.product]
+    return list(dict.fromkeys([*names, *products]))
