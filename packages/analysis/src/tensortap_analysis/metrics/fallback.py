@@ -18,6 +18,7 @@ from tensortap.native.comparing import (
     NEXT_BITS,
     ROWS,
     Frame,
+    Histogram,
     Histograms,
     Moments,
     Quest,
@@ -157,11 +158,21 @@ def _add_finite(
     totals.largest, totals.zero = float(np.abs(apart).max()), int((apart == 0).sum())
     totals.relative_max = float(np.abs(relative).max())
     totals.relative_sum = float(np.abs(relative).sum())
-    for counts, x in ((histograms.absolute, apart), (histograms.relative, relative)):
-        keys, times = np.unique(x.view(np.uint64) >> np.uint64(KEY_SHIFT), return_counts=True)
-        places = keys.astype(np.int64)
-        counts.keys.reshape(-1)[places] += times
-        np.add.at(counts.rows.reshape(-1), places // (KEYS // ROWS), times)
+    _count(apart, histograms.absolute)
+    _count(relative, histograms.relative)
+
+
+def _count(x: Floats, histogram: Histogram) -> None:
+    keys = (x.view(np.uint64) >> np.uint64(KEY_SHIFT)).astype(np.int64)
+    for sign in range(2):
+        mine = keys[keys // KEYS == sign] - sign * KEYS
+        if not len(mine):
+            continue
+        first = int(mine.min())
+        times = np.bincount(mine - first)
+        histogram.keys[sign].reshape(-1)[first : first + len(times)] += times
+        rows = np.bincount(mine // (KEYS // ROWS))
+        histogram.rows[sign, : len(rows)] += rows
 
 
 def _moments(values: Floats, scaled: Floats, origin: float) -> Moments:

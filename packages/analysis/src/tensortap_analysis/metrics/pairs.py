@@ -93,10 +93,13 @@ def _dense(tensor: torch.Tensor) -> torch.Tensor:
 def values_of(block: torch.Tensor) -> npt.NDArray[np.float64]:
     """The values of a prepared block as float64, in one row."""
     table = code_table(block.dtype)
-    if table is None:
-        wide: npt.NDArray[np.float64] = block.to(torch.float64).numpy()
-        return wide
-    return table.values[codes_of(block)]
+    if table is not None:
+        return table.values[codes_of(block)]
+    if block.dtype is not torch.bfloat16:
+        return block.numpy().astype(np.float64)
+    # numpy has no bfloat16: they are the leading halves of float32.
+    words = block.view(torch.int16).numpy().astype(np.int32) << 16
+    return words.view(np.float32).astype(np.float64)
 
 
 def codes_of(block: torch.Tensor) -> npt.NDArray[np.uint8]:
