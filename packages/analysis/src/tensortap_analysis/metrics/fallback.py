@@ -153,7 +153,8 @@ def _add_finite(
     totals.ref = _moments(ref, r, frame.ref_origin)
     totals.other = _moments(other, o, frame.other_origin)
     totals.difference = _moments(apart, wide, frame.difference_origin)
-    totals.comoment = float(((r - r[0]) - (r - r[0]).mean()) @ (o - o[0]))
+    centred = (r - r[0]) - (r - r[0]).mean()
+    totals.comoment = float((centred * (o - o[0])).sum())  # a BLAS product would wake its threads
     totals.abs_ref, totals.abs_difference = float(np.abs(r).sum()), float(np.abs(wide).sum())
     totals.largest, totals.zero = float(np.abs(apart).max()), int((apart == 0).sum())
     totals.relative_max = float(np.abs(relative).max())
