@@ -68,6 +68,10 @@ def main() -> None:
     if torch.distributed.get_rank() == options.get("kill"):
         tap.step()
         os.kill(os.getpid(), signal.SIGKILL)
+    if "optimizer" in options:
+        train(models, options)
+    elif options.get("pp", 1) == 1 and options.get("cp", 1) == 1:
+        generate(models[0])
     tap.detach()
     if "spoil" not in options:
         require_equal(reference, tapped)
@@ -110,7 +114,7 @@ def _config(options: dict[str, Any]) -> Any:
         sequence_parallel=options.get("sequence_parallel", False),
         pipeline_dtype=torch.float32,
         qk_layernorm=options.get("qk_layernorm", False),
-        **{**CPU_CONFIG, **KINDS[options.get("kind", "dense")]},
+        **{**CPU_CONFIG, **KINDS[options.get("kind", "dense")], **options.get("config", {})},
     )
 
 
@@ -150,9 +154,36 @@ def build(options: dict[str, Any]) -> list[Any]:
         )
         model.unpadded_vocab_size = REAL_VOCAB
         load_hf_llama(model, options["hf"]) if "hf" in options else fill(model)
-        overlap = DistributedDataParallelConfig(overlap_grad_reduce=options.get("overlap", False))
-        models.append(DistributedDataParallel(config, overlap, model))
+        gathers = "optimizer" in options
+        ddp = DistributedDataParallelConfig(
+            overlap_grad_reduce=options.get("overlap", gathers),
+            use_distributed_optimizer=gathers,
+            overlap_param_gather=gathers,
+        )
+        models.append(DistributedDataParallel(config, ddp, model))
     return models
+
+
+def train(models: list[Any], options: dict[str, Any]) -> None:
+    """Two more steps, with Megatron's distributed optimizer, which gathers parameters late."""
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    settings = OptimizerConfig(
+        optimizer="adam", lr=options["optimizer"], use_distributed_optimizer=True
+    )
+    optimizer = get_megatron_optimizer(settings, models)
+    optimizer.step()
+    for _ in range(2):
+        step(models, options)
+        optimizer.step()
+
+
+def generate(model: Any) -> None:
+    """A forward as in generation, which gathers the logits on every rank."""
+    data = batch(0, 0)
+    mask = torch.ones(1, 1, SEQ, SEQ, dtype=torch.bool).triu(1)
+    with torch.no_grad():
+        model(data["tokens"], data["position_ids"], mask, runtime_gather_output=True)
 
 
 def spoil(model: Any, name: str | None) -> None:
@@ -191,7 +222,9 @@ def fill(model: torch.nn.Module) -> None:
                     parallel_state.get_expert_tensor_parallel_world_size(),
                     parallel_state.get_expert_tensor_parallel_rank(),
                 )
-            parameter.copy_(_share(_global(model, name), name, parameter, size, rank))
+            gated = model.config.gated_linear_unit
+            key = _global(model, name)
+            parameter.copy_(_share(key, name, parameter, size, rank, gated=gated))
 
 
 def _global(model: torch.nn.Module, name: str) -> str:
@@ -216,7 +249,9 @@ def _tied(model: Any) -> bool:
     return bool(model.share_embeddings_and_output_weights)
 
 
-def _share(key: str, name: str, parameter: Any, size: int, rank: int) -> torch.Tensor:
+def _share(
+    key: str, name: str, parameter: Any, size: int, rank: int, *, gated: bool
+) -> torch.Tensor:
     shape = list(parameter.shape)
     dim = getattr(parameter, "partition_dim", -1)
     if getattr(parameter, "tensor_model_parallel", False) and dim >= 0:
@@ -227,7 +262,7 @@ def _share(key: str, name: str, parameter: Any, size: int, rank: int) -> torch.T
     logical = torch.randn(shape, generator=generator) * 0.2
     if "norm" in name and name.endswith("weight"):
         logical += 1
-    if "linear_fc1" in name and parameter.shape[0] * size == 2 * FFN:
+    if "linear_fc1" in name and gated:
         halves = [half.chunk(size, 0)[rank] for half in logical.chunk(2, 0)]
         return torch.cat(halves, 0)
     return logical.chunk(size, max(dim, 0))[rank]

@@ -27,6 +27,10 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launches:
     return Launches(tmp_path_factory)
 
 
+CONTEXT = ("probs", "input.attention_mask", "input.rotary_pos_emb", "root/forward/input.2")
+"""What context parallelism leaves unplaced."""
+
+
 def names(run: tensortap.Run) -> list[str]:
     return sorted({*run.names(), *run.part_names()})
 
@@ -73,13 +77,16 @@ def require_equal(one: Path, other: Path, *, unknown: tuple[str, ...] = (), **ch
         (2, {"tp": 2, "sequence_parallel": True}),
         (2, {"pp": 2}),
         (4, {"tp": 2, "pp": 2, "sequence_parallel": True}),
+        (4, {"tp": 4}),
+        (4, {"tp": 2, "cp": 2, "sequence_parallel": True}),
     ],
-    ids=["tp", "tp-sp", "pp", "tp-sp-pp"],
+    ids=["tp", "tp-sp", "pp", "tp-sp-pp", "tp-of-four", "tp-cp-sp"],
 )
 def test_a_spread_model_assembles_to_the_model_in_one_process(
     launch: Launches, processes: int, options: dict[str, Any]
 ) -> None:
-    assert require_equal(launch(1), launch(processes, **options)) > 700
+    unknown = CONTEXT if "cp" in options else ()
+    assert require_equal(launch(1), launch(processes, **options), unknown=unknown) > 600
 
 
 def test_fused_projections_are_served_as_their_parts(launch: Launches) -> None:
@@ -118,8 +125,7 @@ def test_biases_query_norms_and_tied_embeddings_assemble_too(launch: Launches) -
 
 
 def test_context_parallel_ranks_hold_both_ends_of_the_sequence(launch: Launches) -> None:
-    unknown = ("probs", "input.attention_mask", "input.rotary_pos_emb", "root/forward/input.2")
-    assert require_equal(launch(1), launch(2, cp=2), unknown=unknown) > 600
+    assert require_equal(launch(1), launch(2, cp=2), unknown=CONTEXT) > 600
 
 
 def test_experts_have_global_numbers_and_their_gradients_are_sums(launch: Launches) -> None:
@@ -163,6 +169,10 @@ def test_data_parallel_ranks_are_apart_in_activations_and_summed_in_gradients(
     own = [run.tensor("layers.0.mlp.down/grad/weight", step=0, dp_rank=n) for n in (0, 1)]
     single = tensortap.open_run(alone / "run").tensor("layers.0.mlp.down/grad/weight", step=0)
     torch.testing.assert_close(own[0], single)
+    experts = tensortap.open_run(launch(2, kind="sparse") / "run")
+    gradient = "layers.0.mlp.experts.0.down/grad/weight"
+    own_share = experts.tensor(gradient, step=0, dp_rank=1)
+    assert not torch.equal(own_share, experts.tensor(gradient, step=0))
     total = run.tensor("layers.0.mlp.down/grad/weight", step=0)
     assert torch.equal(total, (own[0].double() + own[1].double()).float())
 
@@ -197,15 +207,65 @@ def test_a_replica_that_differs_is_reported(launch: Launches) -> None:
     assert run.tensor("layers.0.input_norm/param/weight", step=0).shape == (32,)
 
 
-def test_a_selection_of_another_stage_only_is_fine_and_a_wrong_one_is_not(launch: Launches) -> None:
-    run = tensortap.open_run(launch(2, pp=2, attach={"select": "layers.3.mlp.down"}) / "run")
-    assert {record.at.rank for record in run.records()} == {1}
+@pytest.mark.parametrize(
+    ("select", "ranks"),
+    [
+        ("layers.3.mlp.down", {1}),
+        ("embed/forward/input", {0}),
+        ("root/forward/output,embedding/forward/output", {0, 1}),
+        ("layers.*.attn.q/*", {0, 1}),
+    ],
+)
+def test_a_selection_that_is_empty_on_one_stage_is_fine(
+    launch: Launches, select: str, ranks: set[int]
+) -> None:
+    run = tensortap.open_run(launch(2, pp=2, attach={"select": select}) / "run")
+    assert {record.at.rank for record in run.records()} == ranks
     assert run.coverage()["gaps"] == []
 
 
-def test_only_the_ranks_asked_for_are_tapped_and_nobody_waits(launch: Launches) -> None:
+def test_a_selection_that_no_stage_has_is_an_error_on_all(launch: Launches) -> None:
+    out = launch(2, fails=True, pp=2, attach={"select": "layers.*.mlp.dwon"})
+    assert not (out / "run").exists()
+
+
+def test_only_the_ranks_asked_for_are_tapped_and_the_others_do_not_wait_for_them(
+    launch: Launches,
+) -> None:
+    """The launch itself requires equal lists of collectives with and without the tap."""
     run = tensortap.open_run(launch(2, tp=2, attach={"ranks": "1"}) / "run")
     assert {record.at.rank for record in run.records()} == {1}
+
+
+def test_parameters_that_are_gathered_late_are_those_the_step_used(launch: Launches) -> None:
+    """With the distributed optimizer and overlap_param_gather a step begins with old values."""
+    run = tensortap.open_run(launch(2, optimizer=0.1) / "run")
+    assert run.steps == [0, 1, 2]
+    for layer, word in ((0, "attn.qkv"), (1, "attn.out"), (2, "mlp.gate_up"), (3, "mlp.down")):
+        name = f"layers.{layer}.{word}"
+        values = [run.tensor(f"{name}/param/weight", step=step) for step in run.steps]
+        for step, value in enumerate(values):
+            used = run.tensor(f"{name}/forward/weight", step=step, microbatch=0, dp_rank=0)
+            assert torch.equal(value, used), (name, step)
+        assert not torch.equal(values[0], values[1])
+        assert not torch.equal(values[1], values[2])
+
+
+def test_logits_that_generation_gathers_are_whole_on_every_rank(launch: Launches) -> None:
+    run = tensortap.open_run(launch(2, tp=2) / "run")
+    alone = tensortap.open_run(launch(1) / "run")
+    found, expected = (
+        one.tensor("lm_head/forward/output", step=0, eval=True) for one in (run, alone)
+    )
+    assert found.shape == expected.shape == (16, 2, 96)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_shared_experts_assemble_beside_the_routed_ones(launch: Launches) -> None:
+    config = {"moe_shared_expert_intermediate_size": 40}
+    alone = launch(1, kind="sparse", config=config)
+    both = launch(2, kind="sparse", config=config, tp=2, etp=2, sequence_parallel=True)
+    assert require_equal(alone, both, unknown=(".experts",)) > 500
 
 
 def test_a_killed_rank_leaves_all_that_was_written(launch: Launches) -> None:
