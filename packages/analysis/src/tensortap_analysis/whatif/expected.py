@@ -1,0 +1,201 @@
+"""`expected`: what each format would do to each tensor of a run."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from tensortap.errors import NotSupported, RunCorrupt, RunError
+from tensortap.formats import Codec
+from tensortap.records import Statistics, TensorRecord
+from tensortap.stats import statistics
+from tensortap.store import Run, open_run
+from tensortap.store.logical import LogicalTensor
+from tensortap_analysis.captured import Captured, boxes, captured
+from tensortap_analysis.whatif.estimate import estimate
+from tensortap_analysis.whatif.rounding import Tally, Values, codec_of, scaled_as_a_whole, tally
+
+FORMATS = ("hifp8", "mxfp8", "mxfp4", "nvfp4", "int8")
+Basis = Literal["values", "exponents"]
+_BOX = 1 << 18
+"""Values that are rounded at once."""
+_AXES = re.compile(r"\([^)]*\)|[^\s()]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What a format would do to a tensor, over all moments at which it was captured.
+
+    `sqnr_db` is `None` where all values are 0, infinite where none changes, minus infinite where
+    a NaN or infinity in the tensor makes finite values NaN. `underflow` and `overflow` are shares
+    of the `nonzero` finite values: those that become 0, and those beyond the largest value of
+    their scale (which the SQNR counts as that value). `basis` is "values" where this is exact,
+    "exponents" where it is an estimate from statistics or a sample.
+    """
+
+    name: str
+    format: str
+    sqnr_db: float | None
+    underflow: float
+    overflow: float
+    nonzero: int
+    moments: int
+    basis: Basis
+
+
+@dataclass(frozen=True, slots=True)
+class WhatIf:
+    """Rows by tensor, then format; `skipped` says of what there is none, and why."""
+
+    rows: tuple[Expected, ...]
+    skipped: tuple[str, ...]
+
+
+def expected(
+    run: Run | str | os.PathLike[str],
+    *,
+    formats: Sequence[str] = FORMATS,
+    select: str | Iterable[str] = "*",
+    step: int | None = None,
+) -> list[Expected]:
+    """The rows of `what_if`."""
+    return list(what_if(run, formats=formats, select=select, step=step).rows)
+
+
+def what_if(
+    run: Run | str | os.PathLike[str],
+    *,
+    formats: Sequence[str] = FORMATS,
+    select: str | Iterable[str] = "*",
+    step: int | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> WhatIf:
+    """Round every tensor of a run to every format; exactly, box by box, where there are values.
+
+    Blocks lie along the contraction axis: `in` of a weight, the sequence of attention's value,
+    the last axis of anything else. Where only statistics with exponents or a sample were
+    captured, it is an estimate. `progress` gets the number of tensors done. Raises `ConfigError`
+    for an unknown format, `SelectionError` when nothing is selected.
+    """
+    codecs = {name: codec_of(name) for name in formats}
+    with nullcontext(run) if isinstance(run, Run) else open_run(run) as opened:
+        survey = _Survey(codecs)
+        for done, tensor in enumerate(captured(opened, select, step=step), start=1):
+            survey.add(opened, tensor)
+            progress(done)
+        return survey.result()
+
+
+class _Survey:
+    """Sums over the moments of every tensor."""
+
+    def __init__(self, codecs: Mapping[str, Codec]) -> None:
+        self._codecs = codecs
+        self._sums: dict[tuple[str, Basis], dict[str, Tally]] = {}
+        self._moments: dict[tuple[str, Basis], int] = {}
+        self._skipped: dict[str, str] = {}
+
+    def add(self, run: Run, tensor: Captured) -> None:
+        """Count one tensor at one moment, or note why it cannot be."""
+        try:
+            basis, found = _judge(run, tensor, self._codecs)
+        except RunCorrupt:
+            raise
+        except (RunError, NotSupported) as failure:
+            self._skipped.setdefault(tensor.name, str(failure))
+            return
+        key = (tensor.name, basis)
+        sums = self._sums.setdefault(key, {name: Tally() for name in self._codecs})
+        self._moments[key] = self._moments.get(key, 0) + 1
+        for name, more in found.items():
+            sums[name].add(more)
+
+    def result(self) -> WhatIf:
+        rows = (
+            _row(key, name, sums, self._moments[key])
+            for key, by_format in self._sums.items()
+            for name, sums in by_format.items()
+        )
+        skipped = (f"{name}: {reason}" for name, reason in self._skipped.items())
+        return WhatIf(tuple(rows), tuple(skipped))
+
+
+def _row(key: tuple[str, Basis], name: str, sums: Tally, moments: int) -> Expected:
+    whole = max(sums.nonzero, 1.0)
+    return Expected(
+        name=key[0],
+        format=name,
+        sqnr_db=sums.sqnr_db,
+        underflow=sums.underflow / whole,
+        overflow=sums.overflow / whole,
+        nonzero=round(sums.nonzero),
+        moments=moments,
+        basis=key[1],
+    )
+
+
+def _judge(
+    run: Run, tensor: Captured, codecs: Mapping[str, Codec]
+) -> tuple[Basis, dict[str, Tally]]:
+    record = tensor.records[0]
+    dtype = getattr(torch, record.dtype, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or "x2" in record.dtype:
+        raise NotSupported(f"{record.dtype} is not rounded to a format")
+    if tensor.whole:
+        return "values", _from_values(tensor.open(run), record, codecs)
+    sums = {name: Tally() for name in codecs}
+    for piece in tensor.records:
+        stats = _with_exponents(run, piece)
+        for name, codec in codecs.items():
+            sums[name].add(estimate(codec, stats, dtype))
+    return "exponents", sums
+
+
+def _with_exponents(run: Run, record: TensorRecord) -> Statistics:
+    """Statistics of one rank's piece; of a sample they are computed here."""
+    if record.placement is not None and record.placement.partial:
+        raise NotSupported("its ranks hold terms of a sum, whose exponents say nothing of the sum")
+    if record.stats is not None and record.stats.exponents is not None:
+        return record.stats
+    if record.values != "sample":
+        raise NotSupported("statistics without exponents; capture with exponents=True or values")
+    return statistics(run.sample(record), exponents=True)
+
+
+def _from_values(
+    tensor: LogicalTensor, record: TensorRecord, codecs: Mapping[str, Codec]
+) -> dict[str, Tally]:
+    axis = contraction_axis(record, len(tensor.shape))
+    cuts = list(boxes(tensor.shape, _BOX, keep=axis))
+    largest = None
+    if len(cuts) > 1 and any(map(scaled_as_a_whole, codecs.values())):
+        largest = torch.stack([_values(tensor.read(box), axis).abs().amax() for box in cuts]).amax()
+    sums = {name: Tally() for name in codecs}
+    for box in cuts:
+        values = Values(_values(tensor.read(box), axis), largest)
+        for name, codec in codecs.items() if values.x.numel() else ():
+            sums[name].add(tally(codec, values))
+    return sums
+
+
+def _values(box: torch.Tensor, axis: int) -> torch.Tensor:
+    """[rows, contraction axis], in float32 or, for float64, as it is."""
+    wide = box if box.dtype is torch.float64 else box.to(torch.float32)
+    if not wide.ndim:
+        return wide.reshape(1, 1)
+    return wide.movedim(axis, -1).reshape(-1, wide.shape[axis])
+
+
+def contraction_axis(record: TensorRecord, axes: int) -> int:
+    """The axis that the product sums over which the tensor goes into next."""
+    words = _AXES.findall(record.dims or "")
+    wanted = "seq" if record.name.tensor == "value" else "in"
+    if len(words) == axes and wanted in words:
+        return words.index(wanted)
+    return max(axes - 1, 0)
