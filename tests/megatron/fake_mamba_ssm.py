@@ -270,9 +270,11 @@ def main() -> None:
     fused = {"in_proj": (inner, inner, state, state, heads), "conv1d": (inner, state, state)}
     plain_share, plain_global = spread._share, spread._global
 
-    def share(key: str, name: str, parameter: Any, size: int, rank: int) -> torch.Tensor:
+    def share(
+        key: str, name: str, parameter: Any, size: int, rank: int, *, gated: bool
+    ) -> torch.Tensor:
         if ".mixer." not in name or "layer_norm" in name or "out_proj" in name:
-            return plain_share(key, name, parameter, size, rank)
+            return plain_share(key, name, parameter, size, rank, gated=gated)
         generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
         shape = (parameter.shape[0] * size, *parameter.shape[1:])
         logical = torch.randn(shape, generator=generator) * 0.3
