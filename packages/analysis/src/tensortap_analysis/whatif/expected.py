@@ -194,8 +194,13 @@ def _values(box: torch.Tensor, axis: int) -> torch.Tensor:
 
 def contraction_axis(record: TensorRecord, axes: int) -> int:
     """The axis that the product sums over which the tensor goes into next."""
-    words = _AXES.findall(record.dims or "")
+    words = axes_of(record)
     wanted = "seq" if record.name.tensor == "value" else "in"
     if len(words) == axes and wanted in words:
         return words.index(wanted)
     return max(axes - 1, 0)
+
+
+def axes_of(record: TensorRecord) -> list[str]:
+    """The names of its axes, where they are known: `"seq batch (head dim)"` has three."""
+    return _AXES.findall(record.dims or "")

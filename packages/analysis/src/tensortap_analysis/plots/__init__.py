@@ -1,0 +1,1 @@
+"""Pictures of runs: `tensortap plot`, and `plots.gallery.plot` from Python."""

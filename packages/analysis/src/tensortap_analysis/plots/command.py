@@ -1,0 +1,101 @@
+"""`tensortap plot`: all pictures of a run at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+if TYPE_CHECKING:
+    from tensortap_analysis.plots.gallery import Plotted
+
+_SHOWN = 10
+
+
+def plot(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run, or a folder in an importable layout.")
+    ],
+    out: Annotated[Path, typer.Option(help="The folder to make; refused when it exists.")],
+    against: Annotated[
+        Path | None, typer.Option(metavar="REF", help="Compare with this run.")
+    ] = None,
+    select: Annotated[
+        str | None,
+        typer.Option(
+            help="Draw these single tensors, not the worst: globs with commas, ! excludes."
+        ),
+    ] = None,
+    worst: Annotated[int, typer.Option(min=0, help="How many single tensors to draw.")] = 12,
+    step: Annotated[int | None, typer.Option(help="Only this step.")] = None,
+    causal: Annotated[bool, typer.Option(help="Recompute attention with the causal mask.")] = True,
+    layout: Annotated[
+        str | None,
+        typer.Option(help="The layout of a folder that is no run; default: each is tried."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="List what was written as JSON.")] = False,
+) -> None:
+    """Draw a run: summaries of all tensors, and the worst of them one by one.
+
+    Worst are tensors with NaN or Inf, then those whose largest magnitude exceeds their standard
+    deviation most, or with --against those of the largest relative L2 error. Exit 0 when all was
+    drawn that the captured values allow, 1 when a tensor could not be read, 2 when none could.
+    """
+    # Every `tensortap` command loads this file, and matplotlib takes half a second.
+    from tensortap_analysis.plots.folders import opened
+    from tensortap_analysis.plots.gallery import plot as draw
+
+    with ExitStack() as stack:
+        shown = stack.enter_context(opened(run, layout))
+        ref = None if against is None else stack.enter_context(opened(against, layout))
+        progress = stack.enter_context(_progress())
+        done = draw(
+            shown, out, against=ref, select=select, step=step, count=worst, causal=causal,
+            progress=progress,
+        )  # fmt: skip
+    if as_json:
+        _print_json(done)
+    else:
+        _print(done, out)
+    raise typer.Exit(1 if done.failed else 0)
+
+
+def _print_json(done: Plotted) -> None:
+    listed = {
+        "files": [str(path) for path in done.files],
+        "left_out": done.left_out,
+        "failed": done.failed,
+    }
+    sys.stdout.write(json.dumps(listed, indent=2) + "\n")
+
+
+def _print(done: Plotted, out: Path) -> None:
+    console = Console(soft_wrap=True)
+    console.print(f"{len(done.files):,} files in {out}", highlight=False, markup=False)
+    for folder, count in Counter(path.parent for path in done.files).items():
+        names = [path.name for path in done.files if path.parent == folder]
+        listed = ", ".join(names) if folder == out else f"{folder.name}/  {count:,}"
+        console.print(f"  {listed}", highlight=False, markup=False)
+    for title, lines, style in (
+        ("not drawn", done.left_out, "dim"), ("could not be read", done.failed, "red"),
+    ):  # fmt: skip
+        for line in lines[:_SHOWN]:
+            console.print(f"{title}: {line}", style=style, highlight=False, markup=False)
+        if len(lines) > _SHOWN:
+            console.print(f"{title}: … and {len(lines) - _SHOWN:,} more", style=style)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("reading", total=None)
+        yield lambda what: progress.update(task, description=f"drawing {what}")

@@ -1,0 +1,134 @@
+"""The values that a picture shows: all of a small tensor, evenly strided ones of a big one."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from tensortap.errors import NotSupported
+from tensortap.store import Run
+from tensortap.store.logical import LogicalTensor
+from tensortap_analysis.captured import Captured, boxes
+from tensortap_analysis.plots.style import Floats
+
+_BOX = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Every `every`-th of `count` values in logical order; `finite` leaves NaN and Inf out."""
+
+    values: Floats
+    count: int
+    every: int
+
+    @property
+    def finite(self) -> Floats:
+        return self.values[np.isfinite(self.values)]
+
+    @property
+    def note(self) -> str:
+        """What is shown of the tensor, for the foot of a picture."""
+        if self.every == 1:
+            return f"all {self.count:,} values"
+        return f"{self.values.size:,} of {self.count:,} values: every {ordinal(self.every)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Sheet:
+    """A tensor as rows (its leading axes) and columns (its last): every `every`-th row.
+
+    Where there are too many columns, each shown one is the value of largest magnitude of `pooled`.
+    """
+
+    values: Floats
+    shape: tuple[int, int]
+    every: int
+    pooled: int
+
+    @property
+    def note(self) -> str:
+        rows = f"every {ordinal(self.every)} of {self.shape[0]:,} rows" if self.every > 1 else ""
+        columns = (
+            f"each column the largest magnitude of {self.pooled} of {self.shape[1]:,}"
+            if self.pooled > 1
+            else ""
+        )
+        return "; ".join(part for part in (rows, columns) if part) or "all values"
+
+
+def sample(run: Run, tensor: Captured, limit: int) -> Sample:
+    """At most about `limit` values, evenly strided; raises `RunError` or `NotSupported`."""
+    if not tensor.whole and tensor.records[0].values == "sample":
+        return _of_sample(run, tensor, limit)
+    logical = tensor.open(run)
+    count = math.prod(logical.shape)
+    every = max(1, -(-count // limit))
+    found, at = [], 0
+    for box in boxes(logical.shape, _BOX) if count else ():
+        flat = numbers(logical.read(box)).reshape(-1)
+        found.append(_wide(flat[-at % every :: every]))
+        at += flat.numel()
+    return Sample(np.concatenate(found) if found else np.empty(0), count, every)
+
+
+def _of_sample(run: Run, tensor: Captured, limit: int) -> Sample:
+    """Of the first rank's piece, whose stored sample is strided once more."""
+    record = tensor.records[0]
+    stored = numbers(run.sample(record)).reshape(-1)
+    more = max(1, -(-stored.numel() // limit))
+    return Sample(_wide(stored[::more]), math.prod(record.shape), record.stride * more)
+
+
+def sheet(logical: LogicalTensor, rows: int = 400, columns: int = 600) -> Sheet:
+    """The tensor as an image of at most so many rows and columns."""
+    shape = logical.shape or (1,)
+    height, width = math.prod(shape[:-1]), shape[-1]
+    every, pooled = max(1, -(-height // rows)), max(1, -(-width // columns))
+    found, at = [], 0
+    for box in boxes(logical.shape, _BOX, keep=len(shape) - 1) if height * width else ():
+        part = numbers(logical.read(box)).reshape(-1, width)
+        found.append(_pooled(_wide(part[-at % every :: every]), pooled))
+        at += part.shape[0]
+    values = np.concatenate(found) if found else np.zeros((0, 0))
+    return Sheet(values, (height, width), every, pooled)
+
+
+def image_of(tensor: torch.Tensor, rows: int = 400) -> Sheet:
+    """A tensor in memory as an image of at most so many rows, and all its columns."""
+    flat = numbers(tensor).reshape(-1, tensor.shape[-1] if tensor.ndim else 1)
+    every = max(1, -(-flat.shape[0] // rows))
+    return Sheet(_wide(flat[::every]), (flat.shape[0], flat.shape[1]), every, 1)
+
+
+def _pooled(values: Floats, by: int) -> Floats:
+    """Of each `by` columns the value of largest magnitude; a NaN counts as the largest."""
+    if by == 1:
+        return values
+    missing = -values.shape[1] % by
+    wide = np.pad(values, ((0, 0), (0, missing))).reshape(len(values), -1, by)
+    sizes = np.where(np.isnan(wide), np.inf, np.abs(wide))
+    picked = np.take_along_axis(wide, sizes.argmax(2)[..., None], 2)
+    result: Floats = picked[..., 0]
+    return result
+
+
+def numbers(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, or the magnitudes of complex values; raises `NotSupported`."""
+    if "x2" in str(tensor.dtype):
+        raise NotSupported(f"{tensor.dtype} holds two values in a byte, which are not drawn.")
+    return tensor.abs() if tensor.is_complex() else tensor
+
+
+def _wide(tensor: torch.Tensor) -> Floats:
+    return np.asarray(tensor.to(torch.float64).numpy())
+
+
+def ordinal(number: int) -> str:
+    """`1st`, `2nd`, `13th`, `1,024th`."""
+    tens = number % 100
+    ending = "th" if 10 < tens < 14 else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number:,}{ending}"

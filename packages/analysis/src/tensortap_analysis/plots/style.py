@@ -1,0 +1,123 @@
+"""One look for all pictures; drawn without a display, and without matplotlib's global state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, SymmetricalLogLocator
+
+Floats = npt.NDArray[np.float64]
+
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW, GREY = (
+    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#777777",
+)  # fmt: skip
+"""The palette of Okabe and Ito, told apart under colour blindness too."""
+COLOURS = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY)
+
+LOOK: Any = {
+    "font.size": 8,
+    "axes.titlesize": 8.5,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.5,
+    "lines.linewidth": 1.2,
+    "savefig.dpi": 130,
+    "figure.dpi": 130,
+    # A path of a million points is drawn in pieces, or Agg refuses it.
+    "agg.path.chunksize": 10000,
+    "text.parse_math": False,
+}
+
+
+def look() -> Any:
+    """Context within which figures have the look."""
+    return mpl.rc_context(LOOK)
+
+
+def figure(width: float, height: float) -> Figure:
+    """A figure of so many inches that belongs to no window."""
+    drawn = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(drawn)
+    return drawn
+
+
+def save(drawn: Figure, path: Path, title: str, note: str = "") -> Path:
+    """Write a PNG; `title` is bold at the top left, `note` small at the bottom left."""
+    size = min(10.0, drawn.get_figwidth() * 116 / max(len(title), 1))
+    drawn.suptitle(title, x=0.01, ha="left", fontsize=size, fontweight="bold")
+    if note:
+        drawn.supxlabel(note, x=0.01, ha="left", fontsize=6.5, color="#555555")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawn.savefig(path)
+    return path
+
+
+def say(axes: Axes, reason: str) -> None:
+    """In place of a drawing that cannot be made: why."""
+    axes.set_axis_off()
+    axes.text(0.5, 0.5, reason, ha="center", va="center", wrap=True, color=GREY)
+
+
+def decades(values: Floats) -> bool:
+    """Do the magnitudes span so much that only a logarithmic axis shows them?"""
+    sizes = np.abs(values[values != 0])
+    if sizes.size < 2:
+        return False
+    return bool(sizes.max() > 1000 * np.quantile(sizes, 0.05))
+
+
+def linear_below(values: Floats) -> float:
+    """Where a symmetric logarithmic axis becomes linear: most values are beyond it."""
+    sizes = np.abs(values[values != 0])
+    return float(np.quantile(sizes, 0.05)) if sizes.size else 1.0
+
+
+def scale(axes: Axes, values: Floats, axis: str) -> list[float] | None:
+    """Make `axis` (x or y) logarithmic on both sides of 0 where `values` ask for it.
+
+    Returns edges of 100 bins of equal width on paper, or `None` for a linear axis.
+    """
+    if not decades(values):
+        return None
+    linear = linear_below(values)
+    getattr(axes, f"set_{axis}scale")("symlog", linthresh=linear)
+    locator = SymmetricalLogLocator(base=10, linthresh=linear)
+    locator.set_params(numticks=7)
+    getattr(axes, f"{axis}axis").set_major_locator(locator)
+    paper = getattr(axes, f"{axis}axis").get_transform()
+    low, high = paper.transform(np.array([values.min(), values.max()]))
+    edges: list[float] = np.unique(paper.inverted().transform(np.linspace(low, high, 101))).tolist()
+    return edges
+
+
+def few_ticks(axes: Axes, axis: str = "x", count: int = 6) -> None:
+    """At most so many whole-number ticks."""
+    getattr(axes, f"{axis}axis").set_major_locator(MaxNLocator(count, integer=True))
+
+
+def few_decades(axes: Axes, axis: str = "x", count: int = 6) -> None:
+    """A logarithmic axis with at most so many ticks."""
+    getattr(axes, f"set_{axis}scale")("log")
+    getattr(axes, f"{axis}axis").set_major_locator(LogLocator(base=10, numticks=count))
+
+
+def labelled(labels: Sequence[str], most: int) -> list[str]:
+    """Labels cut in the middle to at most so many characters."""
+    half = (most - 1) // 2
+    return [text if len(text) <= most else f"{text[:half]}…{text[-half:]}" for text in labels]

@@ -1,0 +1,138 @@
+"""The statistics of a run at a glance: a row for each tensor and step, from the index alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tensortap.store import Run
+from tensortap.store.rows import STATISTICS
+from tensortap_analysis.plots.style import Floats
+
+Numbers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Survey:
+    """One row for each name and step; microbatches, calls and ranks are merged into it.
+
+    `name` and `step` are positions in `names` and `steps`. Statistics are over finite values; a
+    row without any has NaN there.
+    """
+
+    names: tuple[str, ...]
+    steps: tuple[int, ...]
+    name: Numbers
+    step: Numbers
+    count: Numbers
+    nonfinite: Numbers
+    nan: Numbers
+    zero: Numbers
+    min: Floats
+    max: Floats
+    absmax: Floats
+    mean: Floats
+    std: Floats
+    l2: Floats
+
+    @property
+    def outliers(self) -> Floats:
+        """Absmax / std, how far the largest value stands out; NaN for a constant."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found: Floats = np.where(self.std > 0, self.absmax / self.std, np.nan)
+        return found
+
+    @property
+    def rms(self) -> Floats:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found: Floats = self.l2 / np.sqrt(self.count - self.nonfinite)
+        return found
+
+    def by_step(self, values: Floats) -> Floats:
+        """[name, step]; NaN where there is none."""
+        grid = np.full((len(self.names), len(self.steps)), np.nan)
+        grid[self.name, self.step] = values
+        return grid
+
+
+def survey(run: Run, select: str | Iterable[str] = "*", step: int | None = None) -> Survey:
+    """Merge the statistics of the records; recomputed forwards and evaluations only if all are."""
+    table = run.table(select, step=step, recompute=False, eval=False)
+    if not len(table):
+        table = run.table(select, step=step)
+    rows = table.rows[table.rows["flags"] & STATISTICS != 0]
+    steps, at = np.unique(rows["step"], return_inverse=True)
+    keys, group = np.unique(
+        rows["name"].astype(np.int64) * max(len(steps), 1) + at, return_inverse=True
+    )
+    name, step_at = np.divmod(keys, max(len(steps), 1))
+    return Survey(
+        names=table.names,
+        steps=tuple(int(number) for number in steps),
+        name=name,
+        step=step_at,
+        **_merged(rows, group, len(keys)),
+    )
+
+
+def _merged(rows: npt.NDArray[np.void], group: Numbers, groups: int) -> dict[str, Any]:
+    """Counts added up, extremes, and moments about the common mean."""
+
+    def summed(values: npt.NDArray[np.float64 | np.int64]) -> Floats:
+        totals: Floats = np.bincount(group, weights=values, minlength=groups).astype(np.float64)
+        return totals
+
+    counts = {key: summed(rows[key]) for key in ("count", "nan", "posinf", "neginf", "zero")}
+    nonfinite = counts["nan"] + counts["posinf"] + counts["neginf"]
+    finite = rows["count"] - rows["nan"] - rows["posinf"] - rows["neginf"]
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        whole = counts["count"] - nonfinite
+        mean = summed(finite * np.nan_to_num(rows["mean"])) / whole
+        apart = np.square(np.nan_to_num(rows["mean"]) - mean[group])
+        std = np.sqrt(summed(finite * (np.square(np.nan_to_num(rows["std"])) + apart)) / whole)
+        l2 = np.sqrt(summed(np.square(np.nan_to_num(rows["l2"]))))
+    found = {key: counts[key].astype(np.int64) for key in ("count", "nan", "zero")}
+    ends = {
+        key: _extreme(rows[key], group, groups, ufunc)
+        for key, ufunc in (("min", np.fmin), ("max", np.fmax), ("absmax", np.fmax))
+    }
+    l2[whole == 0] = np.nan
+    return found | ends | {
+        "nonfinite": nonfinite.astype(np.int64), "mean": mean, "std": std, "l2": l2,
+    }  # fmt: skip
+
+
+def _extreme(values: Floats, group: Numbers, groups: int, ufunc: np.ufunc) -> Floats:
+    found = np.full(groups, np.nan)
+    ufunc.at(found, group, values)
+    return found
+
+
+def worst(
+    found: Survey, limit: int, error: Mapping[str, float] | None = None
+) -> list[tuple[str, int]]:
+    """(name, step) of the tensors to look at first, each at its worst step.
+
+    First those with NaN or Inf, most of them first; then by `error` where there is one, else by
+    how far the largest magnitude exceeds the standard deviation. A tensor that passes under
+    several names (an output that is the next input) is named once.
+    """
+    outliers = np.nan_to_num(found.outliers, nan=0.0)
+    at_worst: dict[int, int] = {}
+    for row in np.lexsort((found.step, -outliers, -found.nonfinite)):
+        at_worst.setdefault(int(found.name[row]), int(row))
+
+    def severity(row: int) -> tuple[float, float]:
+        name = found.names[int(found.name[row])]
+        return int(found.nonfinite[row]), outliers[row] if error is None else error.get(name, -1.0)
+
+    chosen: dict[tuple[float, ...], tuple[str, int]] = {}
+    for row in sorted(at_worst.values(), key=severity, reverse=True):
+        alike = tuple(float(column[row]) for column in (found.count, found.absmax, found.l2))
+        moment = found.names[int(found.name[row])], found.steps[int(found.step[row])]
+        chosen.setdefault((*alike, moment[1]), moment)
+    return list(chosen.values())[:limit]
