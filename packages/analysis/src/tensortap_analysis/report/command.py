@@ -1,0 +1,109 @@
+"""`tensortap report`: one HTML file about one or more runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from tensortap.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tensortap_analysis.report.writing import Report
+
+_FEW = 5
+
+
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN…", help="Runs, or importable folders; the first is the REF."),
+    ],
+    out: Annotated[Path, typer.Option(help="The HTML file; replaced when it exists.")] = Path(
+        "report.html"
+    ),
+    noise: Annotated[
+        Path | None, typer.Option(help="A second reference: its error must be accepted.")
+    ] = None,
+    preset: Annotated[str, typer.Option(help="noise, classic or port.")] = "noise",
+    threshold: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="Replace a threshold of the preset: ratio=2."),
+    ] = None,
+    select: Annotated[str, typer.Option(help="Names: globs with commas, ! excludes.")] = "*",
+    step: Annotated[int | None, typer.Option(help="Only this step.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Most tensors in the table.")] = 5000,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print what was written as JSON.")
+    ] = False,
+) -> None:
+    """Write one self-contained HTML file: summary, divergence, charts, tensors, environment.
+
+    It opens offline, in any browser. Exit code: 0 written, 1 written but something is missing in
+    it (an incomplete run, or one that could not be compared), 2 nothing was written. Whether runs
+    agree is in the file and in --json; `tensortap compare` makes it an exit code.
+    """
+    # plotly takes a while to import, and other commands do not need it.
+    from tensortap_analysis.report.writing import write_report
+
+    limits = dict(_threshold(text) for text in threshold or ())
+    with _progress() as progress:
+        done = write_report(
+            out, *runs, noise=noise, preset=preset, thresholds=limits, select=select, step=step,
+            rows=rows, progress=progress,
+        )  # fmt: skip
+    if as_json:
+        _print_json(done)
+    else:
+        _print(done)
+    raise typer.Exit(1 if done.missing else 0)
+
+
+def _threshold(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    try:
+        return name.strip(), float(value)
+    except ValueError:
+        raise ConfigError(f"--threshold {text} is not NAME=VALUE, for example ratio=2.") from None
+
+
+def _print_json(done: Report) -> None:
+    listed = {
+        "out": str(done.path),
+        "bytes": done.nbytes,
+        "runs": list(done.runs),
+        "verdict": done.verdict,
+        "tensors": done.tensors,
+        "listed": done.listed,
+        "missing": list(done.missing),
+    }
+    sys.stdout.write(json.dumps(listed, indent=2) + "\n")
+
+
+def _print(done: Report) -> None:
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    verdict = f"; the runs: {done.verdict}" if done.verdict else ""
+    cut = f"the worst {done.listed:,} of " if done.listed < done.tensors else ""
+    size = done.nbytes / 2**20
+    console.print(f"{done.path} ({size:.1f} MiB): {cut}{done.tensors:,} tensors{verdict}")
+    for line in done.missing[:_FEW]:
+        console.print(line, style="yellow")
+    if len(done.missing) > _FEW:
+        console.print(f"… and {len(done.missing) - _FEW:,} more", style="yellow")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("comparing", total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -1,0 +1,103 @@
+"""The answer first: do the runs agree, where do they part, what deserves a warning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tensortap_analysis.comparison import Comparison, RunComparison
+from tensortap_analysis.presets import preset
+from tensortap_analysis.report.markup import Html, join, listing, tag
+from tensortap_analysis.report.views import View
+from tensortap_analysis.tables import cell, run_rows
+
+_VERDICTS = {
+    "agree": ("good", "agrees"),
+    "differ": ("bad", "differs beyond limits"),
+    "incomparable": ("bad", "could not be compared"),
+}
+_COLUMNS = {
+    "run": "run", "mode": "mode", "verdict": "verdict", "compared": "tensors",
+    "beyond": "beyond limits", "local": "local", "first_mse": "first layer MSE",
+    "first_mae": "MAE", "last_mse": "last layer MSE", "last_mae": "MAE",
+    "mean_correlation": "mean correlation", "worst": "worst tensor",
+}  # fmt: skip
+_NUMBERS = frozenset(_COLUMNS) - {"run", "mode", "verdict", "worst"}
+
+
+def section(views: Sequence[View], found: Comparison | None) -> Html:
+    """Verdicts where runs are compared; else what the run holds."""
+    if found is None:
+        return _one(views[0])
+    judged = [_verdict(run, one.label) for run, one in zip(found.runs, views[1:], strict=True)]
+    notices = list(dict.fromkeys(text for run in found.runs for text in run.warnings))
+    parts: list[str] = [tag("div", *judged, class_="cards")]
+    if notices:
+        parts.append(tag("div", tag("h3", "Warnings"), listing(notices, 12), class_="notice"))
+    by = preset(found.preset, found.thresholds)
+    limits = ", ".join(f"{key} {value:g}" for key, value in by.limits.items())
+    parts += [
+        _table(views, found),
+        tag("p", f"Judged by {by.name}: {by.says}; {limits}.", class_="says"),
+    ]
+    if any(run.estimated for run in found.runs):
+        parts.append(tag("p", "Some limits are an estimate of what rounding does; "
+                         "--noise RUN measures it.", class_="says"))  # fmt: skip
+    return join(parts)
+
+
+def _verdict(run: RunComparison, label: str) -> Html:
+    colour, words = _VERDICTS[run.verdict]
+    first = run.first_divergence
+    said = f"First divergence: {first}" if first is not None else "No tensor is beyond its limit."
+    if run.verdict == "incomparable":
+        said = "It has no tensor in common with the reference that could be compared."
+    count = f"{len(run.divergences):,} of {len(run.pairs):,} tensors beyond their limits"
+    return tag(
+        "div", tag("p", label, class_="who"), tag("p", words, class_="verdict"),
+        tag("p", count, class_="quiet"), tag("p", said), class_=f"card {colour}",
+    )  # fmt: skip
+
+
+def _table(views: Sequence[View], found: Comparison) -> Html:
+    head = tag("tr", *(tag("th", title, scope="col") for title in _COLUMNS.values()))
+    rows = []
+    for row, one in zip(run_rows(found), views[1:], strict=True):
+        cells = {key: cell(row[key]) for key in _COLUMNS} | {"run": one.label}
+        rows.append(tag("tr", *(
+            tag("td", words, class_="number" if key in _NUMBERS else "word")
+            for key, words in cells.items()
+        )))  # fmt: skip
+    table = tag("table", tag("thead", head), tag("tbody", *rows))
+    return tag("div", table, class_="scroll")
+
+
+def _one(view: View) -> Html:
+    found = view.survey
+    if found is None or not len(found.name):
+        return tag("p", "No statistics of what was selected.")
+    bad = int((found.nonfinite > 0).sum())
+    facts = (
+        ("tensors", f"{len(found.names):,}"),
+        ("steps", f"{len(found.steps):,}"),
+        ("ranks", f"{len(view.ranks):,}"),
+        ("values", f"{int(found.count.sum()):,}"),
+        ("largest magnitude", cell(float(_largest(found.absmax)))),
+        ("tensors with NaN or Inf", f"{bad:,}"),
+        ("state", "incomplete" if view.problems else "complete"),
+    )
+    cards = []
+    for title, value in facts:
+        alarming = (title == "state" and view.problems) or (
+            title.startswith("tensors with") and bad
+        )
+        kind = "card small bad" if alarming else "card small"
+        shown = tag("p", value, class_="verdict"), tag("p", title, class_="quiet")
+        cards.append(tag("div", *shown, class_=kind))
+    return tag("div", *cards, class_="cards")
+
+
+def _largest(values: object) -> float:
+    import numpy as np
+
+    found = np.asarray(values, dtype=np.float64)
+    return float(np.nanmax(found)) if np.isfinite(found).any() else float("nan")

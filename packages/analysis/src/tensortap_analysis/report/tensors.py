@@ -1,0 +1,176 @@
+"""The table of tensors: its rows as data, which the page sorts, searches and shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tensortap.records import encode_float
+from tensortap_analysis.comparison import Comparison
+from tensortap_analysis.report.markup import Html, data_block, join, tag
+from tensortap_analysis.report.views import View
+from tensortap_analysis.tables import Row, tensor_rows
+
+Column = tuple[str, str, str]
+"""Key, heading, and what the heading means."""
+
+_COMPARED: tuple[Column, ...] = (
+    ("tensor", "tensor", "Canonical name"),
+    ("run", "run", "The run compared with the reference"),
+    ("step", "step", "Training or inference step"),
+    ("when", "moment", "Microbatch, call, evaluation or recomputation, where not the first"),
+    ("shape", "shape", "Shape in the reference"),
+    ("dtypes", "dtype", "Of the reference, and of the run where it differs"),
+    ("by", "by", "Compared by values, a sample of them, or statistics"),
+    ("excess", "of limit", "Error in units of its limit: beyond from 1 on"),
+    ("grade", "judged", "The judgement in words"),
+    ("origin", "origin", "Beyond its limit: was the error added here (local) or inherited?"),
+    ("error", "relative L2", "|run - ref| / |ref|; of statistics, at least"),
+    ("max_abs", "max abs", "Largest difference"),
+    ("mae", "MAE", "Mean absolute difference"),
+    ("cosine", "cosine", "Cosine similarity"),
+    ("sqnr_db", "SQNR dB", "Signal to quantisation noise ratio"),
+    ("nonfinite_mismatches", "NaN/Inf", "Values that are NaN or infinite on one side only"),
+    ("ref_std", "ref std", "Standard deviation in the reference"),
+    ("run_std", "run std", "Standard deviation in the run"),
+)
+_CAPTURED: tuple[Column, ...] = (
+    ("tensor", "tensor", "Canonical name"),
+    ("step", "step", "Training or inference step"),
+    ("dtype", "dtype", "As captured"),
+    ("count", "values", "Of all ranks, microbatches and calls"),
+    ("nan", "NaN", "Values that are not a number"),
+    ("inf", "Inf", "Infinite values"),
+    ("zero", "zero", "Share of zeros"),
+    ("mean", "mean", "Of the finite values"),
+    ("std", "std", "Population standard deviation of the finite values"),
+    ("rms", "RMS", "Root mean square of the finite values"),
+    ("absmax", "absmax", "Largest magnitude"),
+    ("outlier", "absmax/std", "How far the largest magnitude stands out"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """The section, how many tensors there are, and how many of them it lists."""
+
+    html: Html
+    tensors: int
+    listed: int
+
+
+def section(views: Sequence[View], found: Comparison | None, rows: int) -> Listing:
+    """The worst `rows` tensors of the comparison, or of the one run."""
+    if found is not None:
+        labels = {one.path: one.label for one in views}
+        columns, total, picked = _COMPARED, *_compared(found, labels, rows)
+        if len(found.runs) == 1:
+            columns = tuple(column for column in columns if column[0] != "run")
+        full, first = "tensortap compare --csv --details", "error over its limit"
+    else:
+        columns, total, picked = _CAPTURED, *_captured(views[0], rows)
+        full, first = "tensortap show --limit 0", "NaN and Inf, then absmax/std"
+    cut = f"The worst {len(picked):,} of {total:,}; {full} has all." if total > len(picked) else ""
+    ordered = f"Worst first, by {first}. {cut}"
+    table = {
+        "columns": [{"key": key, "title": title, "says": says} for key, title, says in columns],
+        "rows": [[_cell(row.get(key)) for key, _, _ in columns] for row in picked],
+        "beyond": next((n for n, column in enumerate(columns) if column[0] == "excess"), None),
+    }
+    html = join((tag("p", ordered, class_="says"), _controls(found is not None), _table(),
+                 data_block("tensors-data", table)))  # fmt: skip
+    return Listing(html, total, len(picked))
+
+
+def _compared(found: Comparison, labels: dict[str, str], rows: int) -> tuple[int, list[Row]]:
+    """All runs' tensors in one table, the farthest beyond their limits first."""
+    origins = {
+        (run.run.path, one.pair.at): one.origin for run in found.runs for one in run.divergences
+    }
+    picked: list[Row] = []
+    for run in found.runs:
+        moments = {_moment(_of(pair.at)): pair.at for pair in run.pairs}
+        for row in tensor_rows(run, rows):
+            at = moments[_moment(row)]
+            picked.append({
+                **row,
+                "run": labels.get(run.run.path, run.run.path),
+                "when": at.when.removeprefix(f"step {at.step}").strip(),
+                "dtypes": _dtypes(row),
+                "origin": origins.get((run.run.path, at)),
+            })  # fmt: skip
+    picked.sort(key=lambda row: (row["excess"], row["error"]), reverse=True)
+    return sum(len(run.pairs) for run in found.runs), picked[:rows]
+
+
+def _of(at: Any) -> Row:
+    return {"tensor": at.name, **{key: getattr(at, key) for key in _MOMENT[1:]}}
+
+
+_MOMENT = ("tensor", "step", "microbatch", "call", "eval", "recompute", "dp_rank")
+
+
+def _moment(row: Row) -> tuple[Any, ...]:
+    return tuple(row[key] for key in _MOMENT)
+
+
+def _dtypes(row: Row) -> str:
+    one, two = row["ref_dtype"], row["run_dtype"]
+    return one if one == two else f"{one} → {two}"
+
+
+def _captured(view: View, rows: int) -> tuple[int, list[Row]]:
+    found = view.survey
+    if found is None:
+        return 0, []
+    outliers = found.outliers
+    order = sorted(
+        range(len(found.name)),
+        key=lambda at: (found.nonfinite[at], _known(float(outliers[at]))),
+        reverse=True,
+    )
+    picked: list[Row] = []
+    for at in order[:rows]:
+        name = found.names[int(found.name[at])]
+        count, nan = int(found.count[at]), int(found.nan[at])
+        picked.append({
+            "tensor": name, "step": found.steps[int(found.step[at])],
+            "dtype": view.dtypes.get(name), "count": count, "nan": nan,
+            "inf": int(found.nonfinite[at]) - nan,
+            "zero": int(found.zero[at]) / count if count else None,
+            "outlier": float(outliers[at]),
+            **{key: float(getattr(found, key)[at]) for key in ("mean", "std", "rms", "absmax")},
+        })  # fmt: skip
+    return len(found.name), picked
+
+
+def _known(value: float) -> float:
+    return value if value == value else -1.0
+
+
+def _cell(value: Any) -> Any:
+    """Numbers with five digits, NaN and infinities as words: the file stays small."""
+    if isinstance(value, float):
+        value = float(f"{value:.5g}")
+        return None if value != value else encode_float(value)
+    return value
+
+
+def _controls(compared: bool) -> Html:
+    search = tag(
+        "input", id="search", type="search", placeholder="Search: layers.3 attn forward -grad",
+        aria_label="Search tensors", autocomplete="off", spellcheck="false",
+    )  # fmt: skip
+    parts: list[str] = [Html(search.removesuffix("</input>"))]
+    if compared:
+        box = Html('<input type="checkbox" id="beyond">')
+        parts.append(tag("label", box, " beyond limits only"))
+    parts.append(tag("output", id="shown", for_="search"))
+    return tag("div", *parts, class_="controls")
+
+
+def _table() -> Html:
+    table = tag("table", tag("thead"), tag("tbody"), id="tensors-table")
+    more = tag("button", "Show more", id="more", type="button", hidden="")
+    return join((tag("div", table, class_="scroll", tabindex="0"), more))

@@ -1,0 +1,118 @@
+"""`write_report`: runs in, one file out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from tensortap.errors import ConfigError, RunError
+from tensortap.selection import Selection
+from tensortap_analysis.comparing import compare
+from tensortap_analysis.comparison import Comparison
+from tensortap_analysis.report.page import page
+from tensortap_analysis.report.views import View, labels, view
+from tensortap_analysis.sources import Source, label, opened
+
+ROWS = 5000
+"""Rows of the table of tensors, unless told."""
+_SUFFIXES = (".html", ".htm")
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What was written: the file, how much of what there is it lists, and what the runs lack.
+
+    `verdict` is that of the comparison, `None` for a single run. `missing` are sentences.
+    """
+
+    path: Path
+    nbytes: int
+    runs: tuple[str, ...]
+    verdict: str | None
+    tensors: int
+    listed: int
+    missing: tuple[str, ...]
+
+
+def write_report(
+    out: str | os.PathLike[str],
+    ref: Source,
+    *runs: Source,
+    noise: Source | None = None,
+    preset: str = "noise",
+    thresholds: Mapping[str, float] | None = None,
+    select: str = "*",
+    step: int | None = None,
+    rows: int = ROWS,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Report:
+    """Write one self-contained HTML file about a run, or about runs compared with the first.
+
+    At most `rows` tensors are listed, the worst; charts hold a bounded number of points, and the
+    page says what it leaves out. An existing file is replaced once the new one is whole. Raises
+    `RunError` for what is no run, `ConfigError` and `SelectionError` for what cannot be asked.
+    """
+    path = _target(out)
+    if noise is not None and not runs:
+        raise ConfigError("A noise run judges a comparison; give a second run to compare.")
+    views = _views((ref, *runs), select, step)
+    found = None
+    if runs:
+        found = compare(
+            ref, *runs, noise=noise, preset=preset, thresholds=thresholds or {}, select=select,
+            step=step, progress=progress,
+        )  # fmt: skip
+    made = page(views, found, rows)
+    scratch = path.with_name(f"{path.name}.partial")
+    scratch.write_text(made.html, encoding="utf-8")
+    scratch.replace(path)
+    return Report(
+        path, path.stat().st_size, tuple(one.path for one in views),
+        None if found is None else found.verdict, made.tensors, made.listed,
+        _missing(views, found),
+    )  # fmt: skip
+
+
+def _target(out: str | os.PathLike[str]) -> Path:
+    """Where to write; raises `ConfigError` before any work is done."""
+    path = Path(out)
+    if path.suffix.lower() not in _SUFFIXES:
+        raise ConfigError(f"--out {path}: a report is an HTML file; name it …{_SUFFIXES[0]}.")
+    if path.is_dir():
+        raise ConfigError(f"--out {path} is a directory; name a file.")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"--out {path}: there is no directory {path.parent}.")
+    return path
+
+
+def _views(sources: tuple[Source, ...], select: str, step: int | None) -> list[View]:
+    """All runs; raises `SelectionError` or `RunError` where nothing of any is selected."""
+    paths = [label(source) for source in sources]
+    with ExitStack() as stack:
+        runs = [stack.enter_context(opened(source)) for source in sources]
+        named = zip(runs, paths, labels(paths), strict=True)
+        views = [view(run, path, short, select, step) for run, path, short in named]
+        names = sorted({name for run in runs for name in (*run.names(), *run.part_names())})
+    wanted = Selection.parse(select)
+    if not any(map(wanted.matches, names)):
+        raise wanted.nothing_in(names, " and ".join(paths))
+    steps = sorted({number for one in views for number in one.steps})
+    if step is not None and step not in steps:
+        raise RunError(f"{' and '.join(paths)}: nothing was captured at step {step}; {_few(steps)}")
+    return views
+
+
+def _few(steps: list[int]) -> str:
+    shown = ", ".join(map(str, steps[:8])) + (", …" if len(steps) > 8 else "")
+    return f"there are steps {shown}." if steps else "there are no records."
+
+
+def _missing(views: list[View], found: Comparison | None) -> tuple[str, ...]:
+    lines = [f"{one.label} is incomplete: {why}" for one in views for why in one.problems]
+    for run in found.runs if found is not None else ():
+        if run.verdict == "incomparable":
+            lines.append(f"{run.run.path} could not be compared: nothing in common.")
+    return tuple(lines)
