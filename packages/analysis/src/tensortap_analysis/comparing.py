@@ -48,6 +48,7 @@ def compare(
             return catalogue(stack.enter_context(opened(source)), select, step=step)
 
         reference = listed(ref)
+        reference.require_something(select)
         second = listed(noise) if noise is not None else None
         others = [listed(run) for run in runs]
         work = _Work(reference, second, block)

@@ -73,6 +73,12 @@ class Catalogue:
     parts: dict[str, list[str]]
     whole: frozenset[str]
 
+    def require_something(self, select: str | Iterable[str]) -> None:
+        """Raise `SelectionError`, with near misses, where no name is selected."""
+        if not self.whole and not self.parts:
+            known = [*self.run.names(), *self.run.part_names()]
+            raise Selection.parse(select).nothing_in(known, str(self.run.path))
+
     def records(self, moment: Moment) -> list[TensorRecord]:
         """Its records, one a rank; of a gradient the last, which is the sum of all before it."""
         own = _phase(moment.name) != "grad"

@@ -162,7 +162,7 @@ def _text(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
     plain = Console(width=width, file=io.StringIO(), color_system=None)
     with plain.capture() as captured:
         plain.print(table)
-    return "\n".join(line.rstrip() for line in captured.get().strip("\n").splitlines())
+    return "\n".join(line.rstrip() for line in captured.get().splitlines()).strip("\n")
 
 
 def _markdown(rows: Sequence[Row], columns: Mapping[str, str]) -> str:

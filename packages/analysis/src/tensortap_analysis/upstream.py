@@ -21,22 +21,17 @@ _RECEIVED_BACKWARD = ("grad_output", "grad_context")
 def upstream(pairs: Iterable[Pair]) -> Iterator[tuple[int, ...]]:
     """For each pair the places of those it was computed from; pairs in execution order."""
     histories: dict[object, _History] = {}
-    weights: dict[str, dict[str, int]] = {}
-    first_step: int | None = None
+    weights = _Weights()
     for place, pair in enumerate(pairs):
         at, tensor = pair.at, _Tensor.of(pair)
-        first_step = at.step if first_step is None else first_step
-        own = weights.setdefault(tensor.module, {})
-        # A weight of a later step comes from its own past, gradients included.
-        past = set(own.values()) if at.step != first_step else set()
+        found = weights.past(tensor, at.step)
         if tensor.phase != "param":
             key = (at.step, at.microbatch, at.dp_rank, at.eval, at.recompute)
             history = histories.setdefault(key, _History())
-            past |= history.sources(tensor, pair)
+            found |= history.sources(tensor, pair)
             history.add(tensor, pair, place)
-        yield tuple(sorted(past))
-        if tensor.phase in ("param", "grad"):
-            own[f"{tensor.phase}/{tensor.name}"] = place
+        yield tuple(sorted(found))
+        weights.add(tensor, place)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +55,43 @@ class _Tensor:
     @property
     def is_weight(self) -> bool:
         return self.name.split(".")[0] in ("weight", "bias") and self.phase != "grad"
+
+
+@dataclass(slots=True)
+class _Weights:
+    """How steps hang together: through the weights, which gradients of earlier steps changed."""
+
+    latest: dict[str, dict[str, int]] = field(default_factory=dict)
+    first_step: int | None = None
+    step: int | None = None
+    last: set[int] = field(default_factory=set)
+    """The last tensor of the step before."""
+    newest: int | None = None
+    known: bool = False
+    """Were parameters captured?"""
+
+    def past(self, tensor: _Tensor, step: int) -> set[int]:
+        """What a tensor of a later step takes from earlier ones."""
+        self._enter(step)
+        if step == self.first_step:
+            return set()
+        if not self.known:
+            return set(self.last)  # nobody can say which weights changed
+        own = self.latest.get(tensor.module, {})
+        summed = tensor.phase in ("param", "grad")
+        return {place for name, place in own.items() if summed or name.startswith("param/")}
+
+    def _enter(self, step: int) -> None:
+        self.first_step = step if self.first_step is None else self.first_step
+        if step != self.step:
+            self.last = {self.newest} if self.newest is not None else set()
+            self.step = step
+
+    def add(self, tensor: _Tensor, place: int) -> None:
+        self.newest = place
+        self.known |= tensor.phase == "param"
+        if tensor.phase in ("param", "grad"):
+            self.latest.setdefault(tensor.module, {})[f"{tensor.phase}/{tensor.name}"] = place
 
 
 @dataclass(slots=True)
@@ -116,9 +148,12 @@ class _History:
             yield from self._inside(children, phase)
 
     def _given(self, node: _Node, tensor: _Tensor) -> Iterator[int]:
-        if tensor.phase != "forward":
-            yield from _own(node, "forward", returned=True)
         parent = self._parent(node)
+        if tensor.phase != "forward" and parent is not None:
+            # A product's gradient is made of what the other factor was.
+            for sibling in parent.children.values():
+                if sibling is node or not sibling.numbered:
+                    yield from _own(sibling, "forward", returned=True)
         while parent is not None:
             before = [*self._inside(parent, tensor.phase, but=node)]
             before += _own(parent if parent.path else self._nodes.get("root", parent), tensor.phase)
@@ -128,13 +163,16 @@ class _History:
             node, parent = parent, self._parent(parent)
 
     def _inside(self, parent: _Node, phase: str, but: _Node | None = None) -> Iterator[int]:
-        """What the modules inside returned; of numbered ones (layers) only the latest."""
+        """What the modules inside returned; of numbered ones (layers) only the latest.
+
+        Of one that is still at work, what its insides returned so far, or what they were given.
+        """
         recent = [path for path in parent.recent.get(phase, ()) if but is None or path != but.path]
         for child in parent.children.values():
             if child is but or (child.numbered and child.path not in recent[-1:]):
                 continue
-            own = list(_own(child, phase, returned=True))
-            yield from own or self._inside(child, phase)
+            own = list(_own(child, phase, returned=True)) or list(self._inside(child, phase))
+            yield from own or _own(child, phase)
 
     def _node(self, path: str) -> _Node:
         if path not in self._nodes:
