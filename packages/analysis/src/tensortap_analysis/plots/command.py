@@ -45,9 +45,11 @@ def plot(
 ) -> None:
     """Draw a run: summaries of all tensors, and the worst of them one by one.
 
-    Worst are tensors with NaN or Inf, then those whose largest magnitude exceeds their standard
-    deviation most, or with --against those of the largest relative L2 error. Exit 0 when all was
-    drawn that the captured values allow, 1 when a tensor could not be read, 2 when none could.
+    Worst are tensors with NaN or Inf, then those whose farthest value is the most standard
+    deviations from the mean, or with --against those of the largest relative L2 error.
+
+    Exit 0 when all was drawn that the captured values allow, 1 when a tensor could not be read,
+    2 when none could.
     """
     # Every `tensortap` command loads this file, and matplotlib takes half a second.
     from tensortap_analysis.plots.folders import opened

@@ -20,6 +20,7 @@ from tensortap_analysis.plots.style import (
     ORANGE,
     RED,
     Floats,
+    count_scale,
     few_ticks,
     figure,
     save,
@@ -85,9 +86,10 @@ def _two_histograms(axes: Axes, ref: Floats, run: Floats, names: tuple[str, str]
     if edges is None:
         edges = np.histogram_bin_edges(both, 100).tolist()
     for values, name, colour in zip((ref, run), names, (BLUE, ORANGE), strict=True):
-        axes.hist(values, bins=edges, histtype="step", color=colour, label=name, log=True)
+        axes.hist(values, bins=edges, histtype="step", color=colour, label=name)
+    count_scale(axes, room=1.25)
     axes.set(title="Both histograms", xlabel="value", ylabel="values in bin")
-    axes.legend()
+    axes.legend(loc="upper center", ncols=2)
 
 
 def _differences(axes: Axes, difference: Floats) -> None:
@@ -95,13 +97,14 @@ def _differences(axes: Axes, difference: Floats) -> None:
         say(axes, "no difference")
         return
     edges = scale(axes, difference, "x")
-    axes.hist(difference, bins=100 if edges is None else edges, color=GREY, log=True)
+    axes.hist(difference, bins=100 if edges is None else edges, color=GREY)
+    count_scale(axes, room=1.35)
     middle, far = np.quantile(np.abs(difference), (0.5, 0.99))
     for at, word, style in ((middle, "median |d|", "--"), (far, "99 % of |d|", ":")):
         axes.axvline(at, color=RED, lw=0.8, ls=style, label=f"{word} {at:.3g}")
         axes.axvline(-at, color=RED, lw=0.8, ls=style)
     axes.set(title="Differences", xlabel="difference", ylabel="values in bin")
-    axes.legend(loc="upper right")
+    axes.legend(loc="upper center", ncols=2)
 
 
 def of_formats(values: torch.Tensor, path: Path, title: str, note: str) -> Path:
@@ -133,10 +136,11 @@ def _error_histograms(
     if edges is None:
         edges = np.histogram_bin_edges(everything, 100).tolist()
     for error, name, decibel, colour in zip(errors, names, sqnr, COLOURS, strict=False):
-        axes.hist(error, bins=edges, histtype="step", color=colour, log=True,
+        axes.hist(error, bins=edges, histtype="step", color=colour,
                   label=f"{name} ({decibel:.1f} dB)")  # fmt: skip
+    count_scale(axes, room=1.3)
     axes.set(title="Histogram of the errors", xlabel="format - captured", ylabel="values in bin")
-    axes.legend(loc="upper right")
+    axes.legend(loc="upper center", ncols=3)
 
 
 def _bars(axes: Axes, names: Sequence[str], sqnr: Sequence[float]) -> None:

@@ -14,6 +14,7 @@ from tensortap_analysis.plots.style import (
     ORANGE,
     RED,
     Floats,
+    count_scale,
     figure,
     save,
     say,
@@ -41,14 +42,14 @@ def draw(sample: Sample, path: Path, title: str) -> Path:
 
 
 def histogram(axes: Axes, values: Floats, bins: int = 100) -> None:
-    """Counts in `bins` bins, logarithmic; the axis of values too where they span decades."""
+    """Counts in `bins` bins; mean and standard deviation are the orange line and band."""
     edges = scale(axes, values, "x")
-    axes.hist(values, bins=bins if edges is None else edges, color=BLUE, log=True)
+    axes.hist(values, bins=bins if edges is None else edges, color=BLUE)
+    count_scale(axes)
     mean, std = float(values.mean()), float(values.std())
-    axes.axvline(mean, color=ORANGE, label=f"mean {mean:.3g}")
-    axes.axvspan(mean - std, mean + std, color=ORANGE, alpha=0.15, lw=0, label=f"± std {std:.3g}")
-    axes.set(title="Histogram", xlabel="value", ylabel="values in bin")
-    axes.legend(loc="upper right")
+    axes.axvline(mean, color=ORANGE)
+    axes.axvspan(mean - std, mean + std, color=ORANGE, alpha=0.15, lw=0)
+    axes.set(title=f"mean {mean:.4g} ± std {std:.4g}", xlabel="value", ylabel="values in bin")
 
 
 def _box(axes: Axes, values: Floats) -> None:
@@ -73,7 +74,7 @@ def _box(axes: Axes, values: Floats) -> None:
                     "markeredgewidth": 0},
     )  # fmt: skip
     axes.set_xticks([])
-    axes.set(title=f"{len(outside) / values.size:.2%} outside the whiskers", ylabel="value")
+    axes.set(title=f"{len(outside) / values.size:.2%} outside", ylabel="value")
 
 
 def _normal(axes: Axes, values: Floats) -> None:

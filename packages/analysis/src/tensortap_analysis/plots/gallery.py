@@ -32,7 +32,7 @@ from tensortap_analysis.plots.selecting import at_moments, latest
 from tensortap_analysis.plots.style import look
 from tensortap_analysis.plots.survey import Survey, survey, worst
 from tensortap_analysis.plots.words import family_of, format_of, layer_of
-from tensortap_analysis.whatif.expected import axes_of, contraction_axis
+from tensortap_analysis.whatif.judging import axes_of, contraction_axis
 
 Progress = Callable[[str], None]
 """Called with what is drawn next."""
@@ -64,9 +64,10 @@ def plot(
 ) -> Plotted:
     """Draw the run into the new folder `out`: summaries of all tensors, then single tensors.
 
-    Single are the `count` worst: those with NaN or Inf, else those of the largest absmax / std,
-    or with `against` of the largest relative L2 error; `select` names others instead, without a
-    limit. Raises `SelectionError`, `RunError` for a run without records, `RunExists`.
+    Single are the `count` worst: those with NaN or Inf, else those whose farthest value is the
+    most standard deviations from the mean, or with `against` of the largest relative L2 error.
+    `select` names others instead, without a limit. Raises `SelectionError`, `RunError` for a run
+    without records, `RunExists`.
     """
     found = survey(run, step=step)
     if not len(found.name):
@@ -78,7 +79,7 @@ def plot(
         drawing.summary()
         drawing.attention(chosen, causal=causal)
         errors = None if against is None else drawing.errors(against)
-        moments = chosen if chosen is not None else worst(found, count, errors)
+        moments = drawing.worst(count, errors) if chosen is None else chosen
         drawing.single(at_moments(run, moments))
         drawing.layers(chosen, moments)
         if against is None:
@@ -103,6 +104,7 @@ class _Gallery:
         self.done = Plotted()
         self._run = run
         self._found = found
+        self._floating = found.floating
         self._out = out
         self._progress = progress
         self._latest = at_moments(run, latest(found))
@@ -119,14 +121,19 @@ class _Gallery:
         quick_path = self._out / "quick_analysis.png"
         self.done.files += [page, quick.draw(self._magnitudes(), values, quick_path, title)]
         self._progress("statistics")
-        self.done.files += statistics.draw(self._found, self._out / "statistics")
+        self.done.files += statistics.draw(self._floating, self._out / "statistics")
         self._progress("gradients")
-        self.done.files += gradients.draw(self._found, self._out / "gradients", self._samples)
+        self.done.files += gradients.draw(self._floating, self._out / "gradients", self._samples)
 
     def _magnitudes(self) -> quick.Magnitudes:
         sizes = quick.Magnitudes()
+        whole = {
+            name for name, yes in zip(self._found.names, self._found.whole, strict=True) if yes
+        }
         for name, tensor in self._latest.items():
             record = tensor.records[0]
+            if name in whole:
+                continue
             if tensor.whole or record.values == "sample":
                 with self._noted(name):
                     sizes.add(sample(self._run, tensor, _ALL))
@@ -143,6 +150,18 @@ class _Gallery:
                 with self._noted(name):
                     found[name] = sample(self._run, tensor, _ALL)
         return found
+
+    def worst(self, count: int, errors: Mapping[str, float] | None) -> list[tuple[str, int]]:
+        """The worst of which there are values; worse ones of which there are none are noted."""
+        picked: list[tuple[str, int]] = []
+        for name, step in worst(self._floating, errors):
+            if len(picked) >= count:
+                break
+            if name in self._latest and self._has_values(self._latest[name]):
+                picked.append((name, step))
+            elif len(self.done.left_out) < count:
+                self._without_values(name)
+        return picked
 
     def errors(self, against: Run) -> dict[str, float]:
         """Relative L2 error of every tensor that both runs have values of, and its picture."""

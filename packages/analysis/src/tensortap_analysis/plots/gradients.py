@@ -24,6 +24,7 @@ from tensortap_analysis.plots.style import (
     Floats,
     few_ticks,
     figure,
+    labelled,
     save,
     say,
 )
@@ -46,7 +47,7 @@ def draw(
     found: Survey, out: Path, values: Callable[[Sequence[str]], Mapping[str, Sample]]
 ) -> Iterator[Path]:
     """Norms by depth and by step; distributions by depth, of the names that `values` can read."""
-    names = [name for name in found.names if is_gradient(name)]
+    names = [name for name in found.present if is_gradient(name)]
     if not names:
         return
     places = {
@@ -94,7 +95,7 @@ def _norms(found: Survey, places: Places, path: Path) -> Path:
         note += f"; the first {ROWS} of {len(grid.rows)} families"
         grid = Grid(grid.rows[:ROWS], grid.columns, grid.values[:ROWS])
     drawn = figure(9.6, max(3.2, 1.4 + 0.16 * len(grid.rows)))
-    left, right = drawn.subplots(1, 2, width_ratios=(1.4, 1))
+    left, right = drawn.subplots(1, 2, width_ratios=(1.1, 1))
     paint(left, grid, f"l2 norm at step {found.steps[-1]}", "layer")
     for name, verdict in verdicts.items():
         family, layer = places[name]
@@ -102,6 +103,10 @@ def _norms(found: Survey, places: Places, path: Path) -> Path:
             at = grid.columns.index(layer), grid.rows.index(family)
             left.plot(*at, "^" if verdict == "exploding" else "v", ms=5, color=RED, mec="white")
     _lines(right, grid)
+    if right.get_legend_handles_labels()[0]:
+        drawn.legend(loc="outside lower right", ncols=3, fontsize=6.5)
+    else:
+        say(right, "no norm is finite in two layers")
     return save(drawn, path, f"Gradients by depth: {_spoken(verdicts)}", note)
 
 
@@ -117,13 +122,13 @@ def _lines(axes: Axes, grid: Grid) -> None:
         np.ptp(np.log(row[good])) if good.sum() > 1 else -1.0
         for row, good in zip(grid.values, whole, strict=True)
     ])  # fmt: skip
-    for at, colour in zip(np.argsort(-ratio)[:_LINES], COLOURS, strict=False):
-        if ratio[at] >= 0:
-            axes.semilogy(grid.columns, grid.values[at], "o-", ms=2.5, color=colour,
-                          label=grid.rows[at])  # fmt: skip
-    axes.set(title="Families that change most with depth", xlabel="layer", ylabel="l2 norm")
+    # An output's gradient is the next input's: equal lines would hide each other.
+    alike = {grid.values[at].tobytes(): at for at in np.argsort(ratio) if ratio[at] >= 0}
+    for at, colour in zip(list(alike.values())[::-1][:_LINES], COLOURS, strict=False):
+        label = labelled([grid.rows[at]], 44)[0]
+        axes.semilogy(grid.columns, grid.values[at], "o-", ms=2.5, color=colour, label=label)
+    axes.set(title="Norms that change most with depth", xlabel="layer", ylabel="l2 norm")
     few_ticks(axes)
-    axes.legend(loc="best", fontsize=6)
 
 
 def _by_step(found: Survey, names: Sequence[str], path: Path) -> Path:

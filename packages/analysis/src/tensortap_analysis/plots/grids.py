@@ -9,7 +9,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize, SymLogNorm
 
-from tensortap_analysis.plots.style import Floats, decades, labelled, linear_below, say
+from tensortap_analysis.plots.style import (
+    Floats,
+    decades,
+    labelled,
+    linear_below,
+    say,
+    symmetric_ticks,
+)
 
 ROWS = 48
 """More families than this do not fit on a picture."""
@@ -64,7 +71,8 @@ def paint(axes: Axes, grid: Grid, title: str, xlabel: str, *, signed: bool = Fal
     axes.tick_params(axis="y", labelsize=6.5)
     figure = axes.get_figure()
     assert figure is not None
-    figure.colorbar(drawn, ax=axes, pad=0.02, aspect=40)
+    ticks = symmetric_ticks(norm)
+    figure.colorbar(drawn, ax=axes, pad=0.02, aspect=40, ticks=ticks)
 
 
 def _norm(finite: Floats, *, signed: bool) -> Normalize:

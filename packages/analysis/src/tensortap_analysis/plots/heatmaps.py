@@ -11,7 +11,16 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize, SymLogNorm
 
 from tensortap_analysis.plots.samples import Sheet
-from tensortap_analysis.plots.style import BLUE, Floats, decades, figure, linear_below, save, say
+from tensortap_analysis.plots.style import (
+    BLUE,
+    Floats,
+    decades,
+    figure,
+    linear_below,
+    save,
+    say,
+    symmetric_ticks,
+)
 
 
 def draw(sheet: Sheet, path: Path, title: str, axes_words: tuple[str, str]) -> Path:
@@ -37,8 +46,7 @@ def image(axes: Axes, values: Floats, **how: Any) -> None:
     norm: Normalize = Normalize(-largest, largest)
     if decades(finite):
         norm = SymLogNorm(max(linear_below(finite), largest * 1e-6), vmin=-largest, vmax=largest)
-    colours = mpl.colormaps["RdBu_r"].copy()
-    colours.set_bad("#00cc44")
+    colours = mpl.colormaps["RdBu_r"].with_extremes(bad="#00cc44")
     shown = np.where(np.isfinite(values), values, np.nan)
     drawn = axes.imshow(
         shown, aspect="auto", cmap=colours, norm=norm, interpolation="nearest", **how
@@ -46,7 +54,7 @@ def image(axes: Axes, values: Floats, **how: Any) -> None:
     axes.grid(visible=False)
     figure = axes.get_figure()
     assert figure is not None
-    figure.colorbar(drawn, ax=axes, pad=0.01, label="value")
+    figure.colorbar(drawn, ax=axes, pad=0.01, label="value", ticks=symmetric_ticks(norm))
 
 
 def _columns(axes: Axes, sheet: Sheet) -> None:

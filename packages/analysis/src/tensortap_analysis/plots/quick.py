@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from tensortap_analysis.plots.samples import Sample
-from tensortap_analysis.plots.style import BLUE, COLOURS, ORANGE, Floats, figure, save, say
+from tensortap_analysis.plots.style import BLUE, ORANGE, Floats, figure, save, say
 
 _LOW, _HIGH, _PER_DECADE = -45, 39, 10
 
@@ -78,7 +78,7 @@ def draw(
     rest = (panels[0, 1], panels[1, 0], panels[1, 1])
     for axes, (what, counts) in zip(rest, shares.items(), strict=True):
         _shares(axes, what, counts)
-    note = f"histogram: {magnitudes.tensors:,} tensors, each at one moment"
+    note = f"histogram: {magnitudes.tensors:,} floating-point tensors, each at one moment"
     if magnitudes.sampled:
         note += f"; {magnitudes.sampled:,} of them sampled evenly, and scaled up"
     return save(drawn, path, title, note)
@@ -113,14 +113,25 @@ def _histogram(axes: Axes, found: Magnitudes) -> None:
 def _shares(axes: Axes, what: str, counts: Counter[str]) -> None:
     ranked: Sequence[tuple[str, int]] = counts.most_common(12)
     total = max(counts.total(), 1)
-    places = np.arange(len(ranked))[::-1]
+    slots = max(len(ranked), 4)  # So that two bars are no walls.
+    places = slots - 1 - np.arange(len(ranked))
     sizes = np.array([100 * count / total for _, count in ranked])
-    colours = [COLOURS[at % len(COLOURS)] for at in range(len(ranked))]
-    axes.barh(places, sizes, color=colours, height=0.7)
+    axes.barh(places, sizes, color=BLUE, height=0.7)
     for place, size, (_, count) in zip(places, sizes, ranked, strict=True):
-        axes.text(size + 1, place, f"{size:.1f} %  ({_short(count)})", va="center", fontsize=7)
+        axes.text(
+            float(size) + 1,
+            float(place),
+            f"{size:.1f} %  ({_short(count)})",
+            va="center",
+            fontsize=7,
+        )
     axes.set_yticks(places, [word for word, _ in ranked])
-    axes.set(xlim=(0, 128), title=f"Values by {what}", xlabel="share of values, %")
+    axes.set(
+        xlim=(0, 128),
+        ylim=(-0.6, slots - 0.4),
+        title=f"Values by {what}",
+        xlabel="share of values, %",
+    )
     axes.set_xticks(range(0, 101, 20))
     axes.grid(visible=False, axis="y")
 

@@ -109,7 +109,9 @@ def _pooled(values: Floats, by: int) -> Floats:
     if by == 1:
         return values
     missing = -values.shape[1] % by
-    wide = np.pad(values, ((0, 0), (0, missing))).reshape(len(values), -1, by)
+    wide = np.pad(values, ((0, 0), (0, missing))).reshape(
+        len(values), (values.shape[1] + missing) // by, by
+    )
     sizes = np.where(np.isnan(wide), np.inf, np.abs(wide))
     picked = np.take_along_axis(wide, sizes.argmax(2)[..., None], 2)
     result: Floats = picked[..., 0]

@@ -15,19 +15,19 @@ from tensortap_analysis.plots.survey import Survey
 from tensortap_analysis.plots.words import family_of, layer_of
 
 _PANELS = (("mean", True), ("std", False), ("absmax", False), ("outliers", False))
-_TITLES = {"outliers": "absmax / std"}
+_TITLES = {"outliers": "max |x - mean| / std"}
 
 
 def draw(found: Survey, out: Path) -> Iterator[Path]:
     """A picture for each phase across depth, one across steps, and the residual stream's lines."""
     for phase in PHASES:
         yield from _phase(found, out, phase)
-    if any(_is_stream(name) for name in found.names):
+    if any(map(_is_stream, found.present)):
         yield _stream(found, out / "residual_stream.png")
 
 
 def _phase(found: Survey, out: Path, phase: str) -> Iterator[Path]:
-    names = [name for name in found.names if name.split("/")[1] == phase]
+    names = [name for name in found.present if name.split("/")[1] == phase]
     places = {
         name: (family_of(name), layer) for name in names if (layer := layer_of(name)) is not None
     }
@@ -75,7 +75,7 @@ def _grids(grids: Sequence[Grid], xlabel: str, path: Path, title: str) -> Path:
     if len(grids[0].rows) > ROWS:
         kept = _kept(grids[-1])
         shown = [Grid(tuple(g.rows[at] for at in kept), g.columns, g.values[kept]) for g in grids]
-        note = f"the {ROWS} of {len(grids[0].rows)} families with the largest absmax / std"
+        note = f"the {ROWS} of {len(grids[0].rows)} families whose values stand out most"
     drawn = figure(12, 1.4 + 0.16 * len(shown[0].rows))
     panels = drawn.subplots(1, len(shown), sharey=True)
     for axes, grid, (key, signed) in zip(panels, shown, _PANELS, strict=True):
@@ -112,7 +112,7 @@ def _stream(found: Survey, path: Path) -> Path:
         )  # fmt: skip
         _line(panels[1], layers, found.by_step(found.absmax)[at][:, step], colour, word)
         _line(panels[2], layers, found.by_step(found.outliers)[at][:, step], colour, word)
-    for axes, title in zip(panels, ("mean ± std", "absmax", "absmax / std"), strict=True):
+    for axes, title in zip(panels, ("mean ± std", "absmax", "max |x - mean| / std"), strict=True):
         axes.set(title=title, xlabel="layer")
         few_ticks(axes)
     panels[0].legend()

@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Normalize, SymLogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, SymmetricalLogLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 Floats = npt.NDArray[np.float64]
 
@@ -41,7 +42,6 @@ LOOK: Any = {
     "figure.dpi": 130,
     # A path of a million points is drawn in pieces, or Agg refuses it.
     "agg.path.chunksize": 10000,
-    "text.parse_math": False,
 }
 
 
@@ -60,9 +60,10 @@ def figure(width: float, height: float) -> Figure:
 def save(drawn: Figure, path: Path, title: str, note: str = "") -> Path:
     """Write a PNG; `title` is bold at the top left, `note` small at the bottom left."""
     size = min(10.0, drawn.get_figwidth() * 116 / max(len(title), 1))
-    drawn.suptitle(title, x=0.01, ha="left", fontsize=size, fontweight="bold")
+    # A name may hold a dollar sign, which would begin a formula.
+    drawn.suptitle(title.replace("$", r"\$"), x=0.01, ha="left", fontsize=size, fontweight="bold")
     if note:
-        drawn.supxlabel(note, x=0.01, ha="left", fontsize=6.5, color="#555555")
+        drawn.supxlabel(note.replace("$", r"\$"), x=0.01, ha="left", fontsize=6.5, color="#555555")
     path.parent.mkdir(parents=True, exist_ok=True)
     drawn.savefig(path)
     return path
@@ -97,9 +98,9 @@ def scale(axes: Axes, values: Floats, axis: str) -> list[float] | None:
         return None
     linear = linear_below(values)
     getattr(axes, f"set_{axis}scale")("symlog", linthresh=linear)
-    locator = SymmetricalLogLocator(base=10, linthresh=linear)
-    locator.set_params(numticks=7)
-    getattr(axes, f"{axis}axis").set_major_locator(locator)
+    ticks = _powers(linear, float(np.abs(values).max()))
+    getattr(axes, f"set_{axis}ticks")(ticks)
+    getattr(axes, f"{axis}axis").set_minor_locator(NullLocator())
     paper = getattr(axes, f"{axis}axis").get_transform()
     low, high = paper.transform(np.array([values.min(), values.max()]))
     edges: list[float] = np.unique(paper.inverted().transform(np.linspace(low, high, 101))).tolist()
@@ -111,13 +112,34 @@ def few_ticks(axes: Axes, axis: str = "x", count: int = 6) -> None:
     getattr(axes, f"{axis}axis").set_major_locator(MaxNLocator(count, integer=True))
 
 
-def few_decades(axes: Axes, axis: str = "x", count: int = 6) -> None:
-    """A logarithmic axis with at most so many ticks."""
-    getattr(axes, f"set_{axis}scale")("log")
-    getattr(axes, f"{axis}axis").set_major_locator(LogLocator(base=10, numticks=count))
+def count_scale(axes: Axes, *, room: float = 1.0) -> None:
+    """A logarithmic axis of counts where they span more than a decade; `room` above for a legend.
+
+    `room` is a share of the axis's height.
+    """
+    low, high = 0.5, axes.get_ylim()[1]
+    if high > 20:
+        axes.set_yscale("log")
+        axes.set_ylim(low, low * (high / low) ** room)
+    else:
+        axes.set_ylim(0, high * room)
+
+
+def symmetric_ticks(norm: Normalize) -> list[float] | None:
+    """Three ticks on each side of 0 for logarithmic colours; those of matplotlib overlap at 0."""
+    if not isinstance(norm, SymLogNorm) or norm.vmax is None:
+        return None
+    return _powers(norm.linthresh, norm.vmax)
+
+
+def _powers(linear: float, largest: float) -> list[float]:
+    top, low = np.floor(np.log10(largest)), np.ceil(np.log10(linear))
+    powers = 10.0 ** np.unique(np.linspace(low + (top - low) / 3, top, 3).round())
+    return [*(-powers[::-1]).tolist(), 0.0, *powers.tolist()]
 
 
 def labelled(labels: Sequence[str], most: int) -> list[str]:
-    """Labels cut in the middle to at most so many characters."""
+    """Labels for an axis, cut in the middle to at most so many characters."""
     half = (most - 1) // 2
-    return [text if len(text) <= most else f"{text[:half]}…{text[-half:]}" for text in labels]
+    cut = (text if len(text) <= most else f"{text[:half]}…{text[-half:]}" for text in labels)
+    return [text.replace("$", r"\$") for text in cut]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -20,12 +20,14 @@ Numbers = npt.NDArray[np.int64]
 class Survey:
     """One row for each name and step; microbatches, calls and ranks are merged into it.
 
-    `name` and `step` are positions in `names` and `steps`. Statistics are over finite values; a
+    `name` and `step` are positions in `names` and `steps`; `whole` says of each name whether its
+    dtype holds whole numbers only. Statistics are over finite values; a
     row without any has NaN there.
     """
 
     names: tuple[str, ...]
     steps: tuple[int, ...]
+    whole: npt.NDArray[np.bool_]
     name: Numbers
     step: Numbers
     count: Numbers
@@ -41,9 +43,13 @@ class Survey:
 
     @property
     def outliers(self) -> Floats:
-        """Absmax / std, how far the largest value stands out; NaN for a constant."""
+        """How many standard deviations the farthest value is from the mean; NaN for a constant.
+
+        absmax / std would call a parameter that is 1 almost everywhere the worst of all.
+        """
+        farthest = np.fmax(self.max - self.mean, self.mean - self.min)
         with np.errstate(divide="ignore", invalid="ignore"):
-            found: Floats = np.where(self.std > 0, self.absmax / self.std, np.nan)
+            found: Floats = np.where(self.std > 0, farthest / self.std, np.nan)
         return found
 
     @property
@@ -51,6 +57,22 @@ class Survey:
         with np.errstate(divide="ignore", invalid="ignore"):
             found: Floats = self.l2 / np.sqrt(self.count - self.nonfinite)
         return found
+
+    @property
+    def floating(self) -> Survey:
+        """Without integers and truth values: ids and masks have no distribution to look at."""
+        kept = ~self.whole[self.name]
+        columns = {
+            column.name: getattr(self, column.name)[kept]
+            for column in fields(self)
+            if column.name not in ("names", "steps", "whole")
+        }
+        return replace(self, **columns)
+
+    @property
+    def present(self) -> tuple[str, ...]:
+        """Names that have a row."""
+        return tuple(self.names[at] for at in np.unique(self.name))
 
     def by_step(self, values: Floats) -> Floats:
         """[name, step]; NaN where there is none."""
@@ -73,10 +95,21 @@ def survey(run: Run, select: str | Iterable[str] = "*", step: int | None = None)
     return Survey(
         names=table.names,
         steps=tuple(int(number) for number in steps),
+        whole=_whole(rows, len(table.names)),
         name=name,
         step=step_at,
         **_merged(rows, group, len(keys)),
     )
+
+
+def _whole(rows: npt.NDArray[np.void], names: int) -> npt.NDArray[np.bool_]:
+    found = np.zeros(names, dtype=bool)
+    kinds = rows["dtype"]
+    found[rows["name"]] = np.isin(kinds, _WHOLE)
+    return found
+
+
+_WHOLE = [b"bool", *(f"{sign}int{bits}".encode() for sign in ("", "u") for bits in (8, 16, 32, 64))]
 
 
 def _merged(rows: npt.NDArray[np.void], group: Numbers, groups: int) -> dict[str, Any]:
@@ -112,13 +145,11 @@ def _extreme(values: Floats, group: Numbers, groups: int, ufunc: np.ufunc) -> Fl
     return found
 
 
-def worst(
-    found: Survey, limit: int, error: Mapping[str, float] | None = None
-) -> list[tuple[str, int]]:
-    """(name, step) of the tensors to look at first, each at its worst step.
+def worst(found: Survey, error: Mapping[str, float] | None = None) -> list[tuple[str, int]]:
+    """(name, step) of all tensors, what to look at first in front, each at its worst step.
 
     First those with NaN or Inf, most of them first; then by `error` where there is one, else by
-    how far the largest magnitude exceeds the standard deviation. A tensor that passes under
+    `outliers`. A tensor that passes under
     several names (an output that is the next input) is named once.
     """
     outliers = np.nan_to_num(found.outliers, nan=0.0)
@@ -135,4 +166,4 @@ def worst(
         alike = tuple(float(column[row]) for column in (found.count, found.absmax, found.l2))
         moment = found.names[int(found.name[row])], found.steps[int(found.step[row])]
         chosen.setdefault((*alike, moment[1]), moment)
-    return list(chosen.values())[:limit]
+    return list(chosen.values())

@@ -59,7 +59,8 @@ def text(run: Run, found: Survey, by_values: Shares, by_tensors: Shares) -> str:
 
 
 def _moments(found: Survey) -> list[str]:
-    """Over all finite values of all tensors; the spread of the means belongs to the deviation."""
+    """Over finite values of floating-point tensors; the spread of the means is deviation too."""
+    found = found.floating
     finite: Floats = (found.count - found.nonfinite).astype(np.float64)
     known = finite > 0
     if not known.any():

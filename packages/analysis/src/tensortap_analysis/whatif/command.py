@@ -21,7 +21,7 @@ from tensortap import formats as known
 from tensortap.errors import ConfigError, RunError
 from tensortap.records import encode_float
 from tensortap.tables import print_whole
-from tensortap_analysis.whatif.expected import FORMATS, Expected, WhatIf, what_if
+from tensortap_analysis.whatif.judging import FORMATS, Expected, WhatIf, what_if
 
 _COLUMNS = (
     "name", "format", "sqnr_db", "underflow", "overflow", "nonzero", "moments", "basis"

@@ -1,0 +1,323 @@
+"""Pictures of runs: which are drawn, of what, and the numbers behind them."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tests.analysis.test_whatif import write_run
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import tensortap
+from tensortap import open_run
+from tensortap.cli import main
+from tensortap.names import TensorName
+from tensortap_analysis.plots import attention, gradients
+from tensortap_analysis.plots.files import picture
+from tensortap_analysis.plots.gallery import plot
+from tensortap_analysis.plots.quick import Magnitudes
+from tensortap_analysis.plots.samples import Sample, sample, sheet
+from tensortap_analysis.plots.selecting import at_moments, latest
+from tensortap_analysis.plots.style import LOOK
+from tensortap_analysis.plots.survey import survey, worst
+from tensortap_analysis.plots.words import family_of, kind_of, layer_of
+
+FOLDERS = {
+    "attention_maps", "comparisons", "distributions", "gradients", "heatmaps", "layers",
+    "statistics",
+}  # fmt: skip
+
+
+def llama(implementation):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, num_hidden_layers=2, hidden_size=32, intermediate_size=48,
+        num_attention_heads=4, num_key_value_heads=2, attn_implementation=implementation,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def train(model, path, **how):
+    ids = torch.arange(32).view(2, 16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with tensortap.attach(model, path, **how):
+        for _ in range(2):
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return path
+
+
+@pytest.fixture(autouse=True)
+def coarse(monkeypatch):
+    """Fewer pixels: most of the time goes into drawing them."""
+    monkeypatch.setitem(LOOK, "savefig.dpi", 50)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """One model thrice: with all values, in bfloat16, and with statistics only."""
+    folder = tmp_path_factory.mktemp("runs")
+    train(llama("eager"), folder / "full", values="full")
+    train(llama("eager").to(torch.bfloat16), folder / "bf16", values="full")
+    train(llama("sdpa"), folder / "stats", values="stats", exponents=True)
+    return folder
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["tensortap", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        printed = capsys.readouterr()
+        assert "Traceback" not in printed.out + printed.err
+        return stopped.value.code or 0, printed.out, printed.err
+
+    return run
+
+
+def assert_is_a_picture(path):
+    """It opens, and is more than an empty canvas."""
+    with Image.open(path) as image:
+        assert min(image.size) > 100
+        assert len(image.convert("RGB").getcolors(1 << 24)) > 20
+
+
+def test_every_kind_of_picture_is_drawn_by_one_command(cli, runs, tmp_path):
+    out = tmp_path / "out"
+    code, printed, error = cli("plot", runs / "full", "--out", out, "--worst", 2, "--json")
+    assert (code, error.strip()) == (0, "")
+    listed = json.loads(printed)
+    assert listed["failed"] == []
+    files = [Path(name) for name in listed["files"]]
+    assert sorted(files) == sorted(path for path in out.rglob("*") if path.is_file())
+    assert {path.parent.name for path in files} == FOLDERS | {"out"}
+    assert {"quick_analysis.png", "tensor_stats.txt"} == {p.name for p in files if p.parent == out}
+    for path in files:
+        if path.suffix == ".png":
+            assert_is_a_picture(path)
+
+
+def test_against_another_run_the_worst_are_those_with_the_largest_error(runs, tmp_path):
+    with open_run(runs / "bf16") as run, open_run(runs / "full") as ref:
+        done = plot(run, tmp_path / "out", against=ref, count=2)
+        names = [path.name for path in done.files if path.parent.name == "comparisons"]
+        assert names[0] == "overview.png"
+        errors = {
+            name: float(
+                (run.tensor(name, step=1).double() - ref.tensor(name, step=1).double()).norm()
+                / ref.tensor(name, step=1).double().norm()
+            )
+            for name in run.names()
+            if "/grad/" in name or name.endswith("grad_output")
+        }
+    assert len(names) == 3
+    drawn = [name.partition("__step")[0].replace("__", "/") for name in names[1:]]
+    largest = max(errors, key=errors.__getitem__)
+    assert errors.get(drawn[0], 0.0) == pytest.approx(errors[largest])
+    assert done.failed == []
+
+
+def test_a_run_of_statistics_is_drawn_as_far_as_it_goes_and_says_what_is_missing(
+    cli, runs, tmp_path
+):
+    code, out, _ = cli("plot", runs / "stats", "--out", tmp_path / "out", "--worst", 2)
+    assert code == 0
+    kinds = {path.name for path in (tmp_path / "out").iterdir()}
+    assert kinds == {"quick_analysis.png", "tensor_stats.txt", "statistics", "gradients"}
+    assert "attention needs values of query and key" in out
+    assert "only its statistics were captured" in out
+    assert_is_a_picture(tmp_path / "out" / "quick_analysis.png")
+
+
+def test_a_folder_of_another_layout_is_drawn_like_a_run(cli, runs, tmp_path):
+    select = "layers.0.attn.core/forward/*"
+    assert cli("export", runs / "full", "--select", select, "--out", tmp_path / "pt")[0] == 0
+    code, _, _ = cli("plot", tmp_path / "pt", "--out", tmp_path / "out", "--layout", "pt")
+    assert code == 0
+    assert (tmp_path / "out" / "attention_maps" / "layers.0.attn.core.png").exists()
+    assert len(list((tmp_path / "out" / "heatmaps").iterdir())) == 5
+
+
+def test_select_draws_all_it_names(runs, tmp_path):
+    with open_run(runs / "full") as run:
+        done = plot(run, tmp_path / "out", select="layers.1.attn.*/forward/output", step=0)
+    drawn = {path.name for path in done.files if path.parent.name == "distributions"}
+    assert drawn == {
+        f"layers.1.attn.{part}__forward__output__step_0.png" for part in ("q", "k", "v", "out")
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("nowhere",), "There is no run and no folder"),
+        ((".",), "no layout can read it"),
+        (("RUN", "--select", "nothing/*"), "matches nothing"),
+        (("RUN", "--step", 7), "at step 7"),
+        (("RUN", "--against", "nowhere"), "There is no run"),
+    ],
+)
+def test_a_mistake_is_one_line_exit_code_2_and_no_folder(cli, runs, tmp_path, arguments, words):
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    given = [{"RUN": runs / "full", ".": folder}.get(word, word) for word in arguments]
+    code, _, error = cli("plot", *given, "--out", tmp_path / "out")
+    assert code == 2
+    assert words in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_pictures_never_overwrite_what_is_there(cli, runs, tmp_path):
+    (tmp_path / "note.txt").write_text("mine")
+    code, _, error = cli("plot", runs / "full", "--out", tmp_path)
+    assert code == 2
+    assert "exists" in error
+
+
+def test_statistics_of_several_records_are_merged_as_of_one_tensor(tmp_path):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(8, 8)
+    inputs = [torch.randn(4, 8) * 10 + 1e4, torch.randn(6, 8) + 1e4]
+    with tensortap.attach(model, tmp_path / "run", select="root/forward/input") as tap:
+        for x in inputs:
+            model(x)
+        model(inputs[0]).sum().backward()
+        tap.step()
+    with open_run(tmp_path / "run") as run:
+        found = survey(run)
+        seen = [record.at for record in run.records()]
+    whole = torch.cat([*inputs, inputs[0]]).double().numpy()
+    assert len(seen) == 3
+    assert found.names == ("root/forward/input",)
+    assert found.count.sum() == whole.size
+    for column, value in (
+        ("mean", whole.mean()), ("std", whole.std()), ("absmax", whole.max()),
+        ("l2", np.linalg.norm(whole)),
+    ):  # fmt: skip
+        assert getattr(found, column)[0] == pytest.approx(value, rel=1e-9)
+
+
+def test_worst_are_nan_first_then_outliers_and_each_tensor_once(tmp_path):
+    torch.manual_seed(0)
+    plain, spiked, broken = torch.randn(1000), torch.randn(1000), torch.randn(1000)
+    spiked[3], broken[7] = 100.0, float("nan")
+    tensors = {"a/forward/output": plain, "b/forward/output": spiked, "c/forward/input": spiked,
+               "d/forward/output": broken, "e/param/weight": torch.ones(1000),
+               "f/forward/input": torch.arange(1000)}  # fmt: skip
+    with open_run(write_run(tmp_path / "run", tensors)) as run:
+        ranked = [name for name, _ in worst(survey(run).floating)]
+    assert ranked[:3] == ["d/forward/output", "b/forward/output", "a/forward/output"]
+    assert "c/forward/input" not in ranked
+    assert "f/forward/input" not in ranked
+
+
+def test_recomputed_attention_equals_the_captured_probabilities(runs):
+    with open_run(runs / "full") as run:
+        held = at_moments(run, latest(survey(run)))
+        module = "layers.1.attn.core"
+        captured = attention.maps(run, module, held, causal=True)
+        without = {name: tensor for name, tensor in held.items() if "probs" not in name}
+        recomputed = attention.maps(run, module, without, causal=True)
+    assert captured.source.startswith("captured")
+    assert recomputed.source == "recomputed from query and key: scale 1/sqrt(8), causal mask"
+    assert recomputed.probs.shape == (4, 16, 16)
+    torch.testing.assert_close(recomputed.probs, captured.probs, rtol=1e-4, atol=1e-6)
+
+
+def test_with_a_cache_the_last_query_sees_all_keys():
+    query, key = torch.randn(2, 1, 4), torch.randn(2, 5, 4)
+    found = attention.recomputed(query, key, {}, causal=True)
+    assert (found.probs > 0).all()
+    torch.testing.assert_close(found.probs, ((query @ key.mT) / 2).softmax(-1))
+
+
+def test_gradients_that_vanish_or_explode_are_named(tmp_path):
+    torch.manual_seed(0)
+    sizes = {0: 1.0, 1: 1.0, 2: 1e-4, 3: 1e4, 4: 1.0, 5: 1.0, 6: 1.0}
+    tensors = {f"layers.{n}.mlp.up/grad/weight": torch.randn(64) * s for n, s in sizes.items()}
+    tensors["layers.6.mlp.up/grad/weight"][0] = float("inf")
+    with open_run(write_run(tmp_path / "run", tensors)) as run:
+        found = survey(run)
+    assert gradients.judged(found, found.names) == {
+        "layers.2.mlp.up/grad/weight": "vanishing",
+        "layers.3.mlp.up/grad/weight": "exploding",
+        "layers.6.mlp.up/grad/weight": "exploding",
+    }
+
+
+def test_a_sample_is_evenly_strided_over_boxes_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("tensortap_analysis.plots.samples._BOX", 70)
+    numbers = torch.arange(1000.0).view(10, 10, 10)
+    with open_run(write_run(tmp_path / "run", {"a/forward/output": numbers})) as run:
+        [tensor] = at_moments(run, latest(survey(run))).values()
+        shown = sample(run, tensor, 150)
+        image = sheet(tensor.open(run), rows=30, columns=4)
+    assert shown.values.tolist() == list(range(0, 1000, 7))
+    assert shown.note == "143 of 1,000 values: every 7th"
+    assert image.values.shape == (25, 4)
+    assert image.values[1].tolist() == [42, 45, 48, 49]
+    assert "every 4th of 100 rows" in image.note
+
+
+def test_the_histogram_of_everything_counts_every_value_once():
+    found = Magnitudes()
+    found.add(Sample(np.array([1.5, -2.5, 0.0, np.nan]), 4000, 1000))
+    found.add_exponents({0: 30, -3: 70}, 110, 10)
+    assert found.positive.sum() == found.negative.sum() == 1000
+    assert found.unsigned.sum() == pytest.approx(100)
+    assert (found.values, found.zeros, found.strange) == (4110, 1010, 1000)
+
+
+def test_shares_and_moments_of_the_text_are_those_of_the_run(runs, tmp_path):
+    with open_run(runs / "full") as run:
+        plot(run, tmp_path / "out", count=0)
+        values = [run.piece(r).double().flatten() for r in run.records() if "int" not in r.dtype]
+    page = (tmp_path / "out" / "tensor_stats.txt").read_text()
+    numbers = dict(line.split(maxsplit=1) for line in page.splitlines() if line[:1].strip())
+    whole = torch.cat(values)
+    assert float(numbers["mean"]) == pytest.approx(float(whole.mean()), rel=1e-4)
+    assert float(numbers["std"]) == pytest.approx(float(whole.std(correction=0)), rel=1e-4)
+    assert numbers["range"] == f"{float(whole.min()):.6g} .. {float(whole.max()):.6g}"
+    for word in ("by format", "by layer type", "by phase", "float32", "attn", "backward"):
+        assert word in page
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "family", "kind"),
+    [
+        ("layers.3.attn.q/forward/input", 3, "attn.q/forward/input", "attn"),
+        ("layers.12/forward/output", 12, "layer/forward/output", "layer"),
+        ("layers.0.input_norm/param/weight", 0, "input_norm/param/weight", "norm"),
+        ("final_norm/forward/output", None, "final_norm/forward/output", "norm"),
+        ("layers.1.mlp.experts.7.up/param/weight", 1, "mlp.experts.7.up/param/weight", "mlp"),
+        ("embed/forward/output", None, "embed/forward/output", "embed"),
+    ],
+)
+def test_names_tell_layer_family_and_kind(name, layer, family, kind):
+    assert (layer_of(name), family_of(name)) == (layer, family)
+    assert kind_of(TensorName.parse(name)) == kind
+
+
+def test_file_names_stay_in_their_folder_and_differ():
+    folder = Path("out")
+    names = ["../../etc/passwd", "a b", "a_b", "a" * 300, "a" * 301, ".hidden"]
+    paths = [picture(folder, name) for name in names]
+    assert {path.parent for path in paths} == {folder}
+    assert len({path.name for path in paths}) == len(names)
+    assert max(len(path.name) for path in paths) < 160
+    assert not any(path.name.startswith(".") for path in paths)
+
+
+def test_a_name_with_dollar_signs_is_no_formula(tmp_path):
+    run_path = write_run(tmp_path / "run", {"a$x^{$/forward/output": torch.randn(64)})
+    with open_run(run_path) as run:
+        done = plot(run, tmp_path / "out")
+    assert done.failed == []
+    assert math.isclose(len(done.files), 5)
