@@ -57,17 +57,20 @@ def difference(
     one: LogicalTensor, two: LogicalTensor, aligned: Alignment, block: int = BLOCK
 ) -> Metrics:
     """All metrics of two logical tensors, of which one block each is in memory at a time."""
-
-    def blocks() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for box in aligned.boxes(block):
-            yield aligned.ref.read(one.read, box), aligned.other.read(two.read, box)
-
     shape = aligned.shape
     if _PACKED is not None and one.dtype == two.dtype == _PACKED and shape:
         if aligned.moves:
             raise NotComparable("the axes of packed 4-bit values cannot be moved")
         shape = (*shape[:-1], 2 * shape[-1])
-    return measure(blocks, shape=shape)
+    return measure(lambda: blocks(one, two, aligned, block), shape=shape)
+
+
+def blocks(
+    one: LogicalTensor, two: LogicalTensor, aligned: Alignment, elements: int = BLOCK
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Both tensors in boxes of at most so many elements, in the order of the common axes."""
+    for box in aligned.boxes(elements):
+        yield aligned.ref.read(one.read, box), aligned.other.read(two.read, box)
 
 
 def _half(tensor: LogicalTensor) -> Half:

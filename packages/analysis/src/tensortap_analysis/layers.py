@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from tensortap.errors import NotSupported, RunError
 from tensortap.records import decode_float, encode_float
 from tensortap_analysis.alignment import align
-from tensortap_analysis.examining import BLOCK, NotComparable, difference
-from tensortap_analysis.metrics import Metrics
+from tensortap_analysis.examining import BLOCK, blocks
 from tensortap_analysis.moments import Catalogue, Moment
 from tensortap_analysis.pairing import Match
 from tensortap_analysis.pairs import Pair
@@ -19,6 +20,9 @@ from tensortap_analysis.rounding import layer_of
 
 JUMP = 10.0
 """The largest |L_i - L_(i-1)| that is not called a jump, and the largest |mean| that is normal."""
+
+_PIECE = 1 << 18
+"""Elements at a time: their differences in float64 stay in a core's cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,21 +108,23 @@ def _layer_output(name: str) -> int | None:
 def _change(
     side: Catalogue, before: Moment, after: Moment, block: int
 ) -> tuple[float | None, float | None]:
+    """Largest and mean |change|, NaN where a change is not finite; `None` without values."""
     if side.moments[before].values != "full" or side.moments[after].values != "full":
         return None, None
     try:
         one, two = side.tensor(before, before.name), side.tensor(after, after.name)
         aligned = align(one.shape, one.dims, two.shape, two.dims)
-        if isinstance(aligned, str):
+        if isinstance(aligned, str) or not math.prod(aligned.shape):
             return None, None
-        found = difference(one, two, aligned, block)
-    except (RunError, NotSupported, NotComparable):
+        largest, total = 0.0, 0.0
+        for ref, other in blocks(one, two, aligned, min(block, _PIECE)):
+            apart = other.to(torch.float64).sub_(ref).abs_()
+            # Not max(): it would lose a NaN that stands on its left.
+            largest = torch.maximum(torch.tensor(largest).double(), apart.max()).item()
+            total += apart.sum().item()
+    except (RunError, NotSupported):
         return None, None  # the pair itself says what is wrong with these tensors
-    return _not_finite(found, found.max_abs), _not_finite(found, found.mae)
-
-
-def _not_finite(found: Metrics, value: float | None) -> float | None:
-    return math.nan if found.nonfinite_mismatches else value
+    return largest, total / math.prod(aligned.shape)
 
 
 def abnormal(pairs: Sequence[Pair]) -> Iterator[str]:
