@@ -20,6 +20,8 @@ from tensortap_analysis.report.figures import (
     hover,
     logarithmic,
     short,
+    top,
+    whole,
 )
 from tensortap_analysis.report.grids import grid
 from tensortap_analysis.report.markup import Html, join, listing, tag
@@ -44,7 +46,9 @@ Labelled = Sequence[tuple[RunComparison, str]]
 
 
 def _by_depth(runs: Labelled) -> Chart | None:
-    traces, seen = [], []
+    traces = []
+    seen = [pair.error for run, _ in runs for pair in run.pairs]
+    infinity = top(seen)
     for (run, label), colour in zip(runs, _cycled(), strict=False):
         for way, (dash, symbol) in _WAYS.items():
             worst = _worst_by_layer(run, way)
@@ -52,21 +56,21 @@ def _by_depth(runs: Labelled) -> Chart | None:
                 continue
             layers = sorted(worst)
             errors = [worst[layer].error for layer in layers]
-            seen += drawn(errors)
             traces.append(go.Scatter(
-                x=layers, y=drawn(errors), name=str(hover([f"{label}, {way}"])[0]),
+                x=layers, y=drawn(errors, infinity), name=str(hover([f"{label}, {way}"])[0]),
                 mode="lines+markers", line={"color": colour, "dash": dash, "width": 2},
                 marker={"symbol": symbol, "size": 7}, hoverinfo="text",
                 hovertext=hover(_point(worst[layer], label) for layer in layers),
             ))  # fmt: skip
     if not traces:
         return None
-    axis = logarithmic(value for value in seen if value is not None)
+    axis = logarithmic(y for trace in traces for y in trace.y if y is not None)
+    depths = whole(at for trace in traces for at in trace.x)
     return Chart(
         "by-depth", "Divergence by depth",
         "The largest relative L2 error of any tensor in each layer, over all steps. Equal tensors "
         "have no place on a logarithmic axis; NaN or infinity on one side only is drawn on top.",
-        figure(traces, "layer", "relative L2 error", yaxis=axis, xaxis={"tickformat": "d"}),
+        figure(traces, "layer", "relative L2 error", yaxis=axis, xaxis=depths),
     )  # fmt: skip
 
 
@@ -84,15 +88,15 @@ def _worst_by_layer(run: RunComparison, way: str) -> dict[int, Pair]:
 
 
 def _in_order(runs: Labelled) -> Chart | None:
-    traces, seen, cut = [], [1.0], 0
+    traces, cut = [], 0
+    infinity = top([10.0, *(one.excess for run, _ in runs for one in run.judgements)])
     for (run, label), colour in zip(runs, _cycled(), strict=False):
         both = _thinned(list(zip(run.pairs, run.judgements, strict=True)))
         cut += len(run.pairs) - len(both)
-        excess = drawn([judgement.excess for _, judgement in both])
+        excess = drawn([judgement.excess for _, judgement in both], infinity)
         if not any(value is not None for value in excess):
             continue
         local = {id(one.pair) for one in run.local}
-        seen += [value for value in excess if value is not None]
         traces.append(go.Scatter(
             x=[pair.order for pair, _ in both], y=excess, name=str(hover([label])[0]),
             mode="markers", hoverinfo="text",
@@ -105,6 +109,7 @@ def _in_order(runs: Labelled) -> Chart | None:
         ))  # fmt: skip
     if not traces:
         return None
+    seen = [1.0, *(y for trace in traces for y in trace.y if y is not None)]
     drawing = figure(
         traces, "place in execution order", "error, in units of its limit", yaxis=logarithmic(seen)
     )
@@ -136,7 +141,7 @@ def _grids(runs: Labelled) -> Iterator[Chart]:
         yield Chart(
             f"grid-{number}", f"Layers of {label}",
             "The largest relative L2 error of each tensor in each layer, over all steps. Empty: "
-            f"equal, infinite or not there.{left}", made[0],
+            f"equal, or not there; ∞: NaN or infinity on one side only.{left}", made[0],
         )  # fmt: skip
 
 

@@ -66,14 +66,21 @@ def logarithmic(values: Iterable[float]) -> dict[str, Any]:
     return axis
 
 
-def drawn(values: Sequence[float | None]) -> list[float | None]:
-    """What a logarithmic axis can show: nothing for 0 and NaN, above all others for infinity."""
-    finite = [x for x in values if x is not None and 0 < x < math.inf]
-    top = 10 * max(finite, default=0.1)
-    return [
-        None if x is None or math.isnan(x) or x <= 0 else top if math.isinf(x) else x
-        for x in values
-    ]
+def whole(numbers: Iterable[int]) -> dict[str, Any]:
+    """An axis of whole numbers: never more than one mark for each."""
+    every = set(numbers) or {0}
+    apart = max(every) - min(every)
+    return {"dtick": max(1, math.ceil(apart / 16)), "tick0": min(every), "tickformat": "d"}
+
+
+def top(values: Iterable[float]) -> float:
+    """Where infinity is drawn on a logarithmic axis: above all of these values."""
+    return 10 * max((x for x in values if 0 < x < math.inf), default=0.1)
+
+
+def drawn(values: Sequence[float], infinity: float) -> list[float | None]:
+    """What a logarithmic axis can show: nothing for 0 and NaN, `infinity` in its place."""
+    return [None if not x > 0 else min(x, infinity) for x in values]
 
 
 def hover(words: Iterable[str]) -> list[str]:

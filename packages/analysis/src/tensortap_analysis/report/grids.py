@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from tensortap_analysis.plots.words import family_of, layer_of
 from tensortap_analysis.report.figures import SCALE, figure, hover, short
 
-FAMILIES = 60
+FAMILIES = 40
 """Most rows of a grid."""
 _LAYERS = 400
 
@@ -43,17 +43,19 @@ def grid(values: Iterable[tuple[str, float]], quantity: str) -> tuple[go.Figure,
 
 def _heatmap(cells: dict[str, dict[int, float]], layers: list[int], quantity: str) -> go.Figure:
     found = [[row.get(layer) for layer in layers] for row in cells.values()]
-    texts = [
+    hovers = [
         hover(f"{family}\nlayer {layer}: {quantity} {short(value)}" if value is not None else ""
               for layer, value in zip(layers, row, strict=True))
         for family, row in zip(cells, found, strict=True)
     ]  # fmt: skip
     logs = [[_log(value) for value in row] for row in found]
     trace = go.Heatmap(
-        z=logs, x=layers, y=hover(cells), text=texts, hoverinfo="text", colorscale=SCALE,
+        z=logs, x=layers, y=hover(cells), hovertext=hovers, hoverinfo="text",
+        text=[["∞" if value == math.inf else "" for value in row] for row in found],
+        texttemplate="%{text}", colorscale=SCALE,
         xgap=1, ygap=1, colorbar={"title": {"text": f"log10 {quantity}", "side": "right"}},
     )  # fmt: skip
-    height = 120 + 17 * len(cells)
+    height = 120 + 16 * len(cells)
     return figure(
         [trace], "layer", "", height=height,
         xaxis={"dtick": max(1, len(layers) // 24)},

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import plotly.graph_objects as go
 
-from tensortap_analysis.plots.survey import Survey
 from tensortap_analysis.plots.words import layer_of
-from tensortap_analysis.report.figures import COLOURS, Chart, drawn, figure, hover, logarithmic
+from tensortap_analysis.report.figures import (
+    COLOURS,
+    Chart,
+    drawn,
+    figure,
+    hover,
+    logarithmic,
+    whole,
+)
 from tensortap_analysis.report.grids import grid
 from tensortap_analysis.report.markup import Html, join
 from tensortap_analysis.report.views import View
 
 _PHASES = {"forward": "solid", "backward": "dash", "grad": "dot", "param": "dashdot"}
 _RUNS = 6
-_STEPS = 2000
+_MOST = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,30 +53,32 @@ def _lines(views: Sequence[View], by: str) -> Chart | None:
     ):
         return None
     axis = logarithmic(y for trace in traces for y in trace.y if y is not None)
+    depths = whole(at for trace in traces for at in trace.x)
     whose = f" The first {_RUNS} runs." if len(views) == _RUNS else ""
     says = {
-        "layer": "Root mean square of all values of a layer, over all steps; the mark's text has "
-        f"the largest magnitude, too.{whose}",
-        "step": f"Root mean square of all values of a step, for each phase.{whose}",
+        "layer": "Root mean square of all values of a layer, over all steps, without indices and "
+        f"masks.{whose}",
+        "step": f"Root mean square of all values of a step; the last {_MOST:,} steps.{whose}",
     }
     titles = {"layer": "Magnitude by depth", "step": "Magnitude by step"}
     return Chart(
         f"magnitude-{by}", titles[by], says[by],
-        figure(traces, by, "RMS", yaxis=axis, xaxis={"tickformat": "d"}),
+        figure(traces, by, "RMS", yaxis=axis, xaxis=depths),
     )  # fmt: skip
 
 
 def _traces(view: View, number: int, by: str, views: Sequence[View]) -> Iterator[go.Scatter]:
     assert view.survey is not None
     for place, (phase, dash) in enumerate(_PHASES.items()):
-        pooled = _pooled(view.survey, phase, by)
+        pooled = _pooled(view, phase, by)
         if not pooled.at:
             continue
         colour = COLOURS[(number if len(views) > 1 else place) % len(COLOURS)]
         whose = f"{view.label}, {phase}" if len(views) > 1 else phase
         rows = zip(pooled.at, pooled.rms, pooled.absmax, strict=True)
         yield go.Scatter(
-            x=pooled.at, y=drawn(pooled.rms), name=hover([whose])[0], mode="lines+markers",
+            x=pooled.at, y=drawn(pooled.rms, math.inf), name=hover([whose])[0],
+            mode="lines+markers",
             line={"color": colour, "dash": dash if len(views) > 1 else "solid", "width": 2},
             marker={"size": 6}, hoverinfo="text",
             hovertext=hover(
@@ -78,12 +88,14 @@ def _traces(view: View, number: int, by: str, views: Sequence[View]) -> Iterator
         )  # fmt: skip
 
 
-def _pooled(found: Survey, phase: str, by: str) -> _Pooled:
+def _pooled(view: View, phase: str, by: str) -> _Pooled:
+    found = view.survey
+    assert found is not None
     layers = [layer_of(name) for name in found.names]
     wanted = np.array([name.split("/")[1] == phase for name in found.names], dtype=bool)
     depth = np.array([-1 if layer is None else layer for layer in layers], dtype=np.int64)
     finite = found.count - found.nonfinite
-    keep = wanted[found.name] & (finite > 0)
+    keep = wanted[found.name] & view.activations & (finite > 0)
     keys = depth[found.name] if by == "layer" else np.array(found.steps, dtype=np.int64)[found.step]
     if by == "layer":
         keep &= keys >= 0
@@ -92,17 +104,17 @@ def _pooled(found: Survey, phase: str, by: str) -> _Pooled:
     values = np.bincount(group, weights=finite[keep], minlength=len(at))
     tops = np.zeros(len(at))
     np.maximum.at(tops, group, found.absmax[keep])
-    every = max(1, -(-len(at) // _STEPS))
     rms = np.sqrt(squares / values)
-    return _Pooled(at[::every].tolist(), rms[::every].tolist(), tops[::every].tolist())
+    shown = slice(-_MOST, None)
+    return _Pooled(at[shown].tolist(), rms[shown].tolist(), tops[shown].tolist())
 
 
 def _grid(views: Sequence[View]) -> Iterator[Chart]:
     for view in views[:1]:
         assert view.survey is not None
         found = view.survey
-        names = (found.names[number] for number in found.name.tolist())
-        made = grid(zip(names, found.rms.tolist(), strict=True), "RMS")
+        names = (found.names[number] for number in found.name[view.activations].tolist())
+        made = grid(zip(names, found.rms[view.activations].tolist(), strict=True), "RMS")
         if made is not None:
             left = f" Not drawn: {made[1]}." if made[1] else ""
             yield Chart(

@@ -10,6 +10,8 @@
     const of = (name) => style.getPropertyValue(name).trim();
     const axis = { gridcolor: of("--line"), linecolor: of("--line"), zerolinecolor: of("--line") };
     const layout = {
+      "modebar.bgcolor": "rgba(0,0,0,0)", "modebar.color": of("--quiet"),
+      "modebar.activecolor": of("--accent"),
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", "font.color": of("--ink"),
       "font.family": getComputedStyle(document.body).fontFamily, "font.size": 12,
       "hoverlabel.bgcolor": of("--panel"), "hoverlabel.font.color": of("--ink"),
@@ -20,7 +22,7 @@
     return layout;
   };
   const config = {
-    responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d"],
+    responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d", "sendDataToCloud"],
   };
   const charts = [...document.querySelectorAll(".chart")];
   const draw = async (chart) => {

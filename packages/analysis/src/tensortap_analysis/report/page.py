@@ -41,8 +41,8 @@ def page(views: Sequence[View], found: Comparison | None, rows: int) -> Page:
         labels = [one.label for one in views[1:]]
         sections["divergence"] = ("Divergence", divergence.section(found, labels))
     sections |= {
-        "tensors": ("Tensors", listing.html),
         "magnitudes": ("Magnitudes", magnitudes.section(views)),
+        "tensors": ("Tensors", listing.html),
         "coverage": ("Coverage", coverage.section(views)),
         "environment": ("Environment", environment.section(views)),
     }

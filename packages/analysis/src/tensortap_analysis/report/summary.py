@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
+
 from tensortap_analysis.comparison import Comparison, RunComparison
 from tensortap_analysis.presets import preset
 from tensortap_analysis.report.markup import Html, join, listing, tag
@@ -34,10 +37,11 @@ def section(views: Sequence[View], found: Comparison | None) -> Html:
     if notices:
         parts.append(tag("div", tag("h3", "Warnings"), listing(notices, 12), class_="notice"))
     by = preset(found.preset, found.thresholds)
+    noise = f"; the noise run is {found.noise.title}" if found.noise is not None else ""
     limits = ", ".join(f"{key} {value:g}" for key, value in by.limits.items())
     parts += [
         _table(views, found),
-        tag("p", f"Judged by {by.name}: {by.says}; {limits}.", class_="says"),
+        tag("p", f"Judged by {by.name}: {by.says}; {limits}{noise}.", class_="says"),
     ]
     if any(run.estimated for run in found.runs):
         parts.append(tag("p", "Some limits are an estimate of what rounding does; "
@@ -81,7 +85,7 @@ def _one(view: View) -> Html:
         ("steps", f"{len(found.steps):,}"),
         ("ranks", f"{len(view.ranks):,}"),
         ("values", f"{int(found.count.sum()):,}"),
-        ("largest magnitude", cell(float(_largest(found.absmax)))),
+        ("largest magnitude", cell(_largest(found.absmax[view.activations]))),
         ("tensors with NaN or Inf", f"{bad:,}"),
         ("state", "incomplete" if view.problems else "complete"),
     )
@@ -96,8 +100,6 @@ def _one(view: View) -> Html:
     return tag("div", *cards, class_="cards")
 
 
-def _largest(values: object) -> float:
-    import numpy as np
-
-    found = np.asarray(values, dtype=np.float64)
-    return float(np.nanmax(found)) if np.isfinite(found).any() else float("nan")
+def _largest(values: npt.NDArray[np.float64]) -> float | None:
+    known = values[~np.isnan(values)]
+    return float(known.max()) if known.size else None
