@@ -29,6 +29,7 @@ FOLDERS = {
     "tensortap-analysis": "analysis",
 }
 PLUGINS = sorted(set(FOLDERS) - {"tensortap"})
+DRAWN_WITH = {"tensortap-analysis": ("matplotlib", "plotly")}
 EVERY = pytest.mark.parametrize("dist", FOLDERS)
 
 # One worker builds and installs once, instead of each worker for itself.
@@ -169,7 +170,7 @@ def test_a_plugin_and_its_extra_ask_for_the_same_minor_version_and_nothing_else(
     major, minor = (int(part) for part in version.split(".")[:2])
     same_minor = Requirement(f"x>={major}.{minor},<{major}.{minor + 1}").specifier
     needed = wheels[dist].requires()
-    assert set(needed) == {"tensortap"}
+    assert set(needed) == {"tensortap", *DRAWN_WITH.get(dist, ())}
     assert needed["tensortap"].specifier == same_minor
     extra = wheels["tensortap"].requires(dist.removeprefix("tensortap-"))
     assert {name: r.specifier for name, r in extra.items()} == {dist: same_minor}
@@ -187,8 +188,9 @@ def test_the_integration_is_found_under_the_name_of_its_framework(wheels: dict[s
         assert list(wheels[dist].entry_points["tensortap.integrations"]) == [framework]
     assert list(wheels["tensortap-megatron"].entry_points["tensortap.layouts"]) == ["megatron-pt"]
     assert wheels["tensortap"].entry_points["console_scripts"]["tensortap"] == "tensortap.cli:main"
-    placeholders = ("tensortap-neuron", "tensortap-analysis")
-    assert not any(wheels[dist].entry_points.sections() for dist in placeholders)
+    commands = wheels["tensortap-analysis"].entry_points["tensortap.commands"]
+    assert sorted(commands) == ["compare", "formats", "plot", "report"]
+    assert not wheels["tensortap-neuron"].entry_points.sections()
 
 
 @pytest.mark.parametrize(
