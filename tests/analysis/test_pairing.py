@@ -118,6 +118,22 @@ def test_shards_are_assembled_and_padding_is_cut(tmp_path):
     assert pair.other.shape == (3, 6)
 
 
+def test_what_is_padding_to_one_side_is_not_compared_on_the_other(tmp_path):
+    x = torch.randn(3, 2, 8)
+    whole = run_of(tmp_path / "whole", {"lm_head/forward/output": x}, dims="batch seq vocab")
+    y = x.transpose(0, 1).contiguous()
+    y[..., 6:] = 1e9
+    place = Placement((2, 3, 8), valid={2: 6})
+    cut = run_of(
+        tmp_path / "cut", {"lm_head/forward/output": y}, dims="seq batch out", placement=place
+    )
+    for one, other in ((whole, cut), (cut, whole)):
+        [run] = compare(one, other).runs
+        assert run.unpaired == ()
+        assert run.pairs[0].metrics.count == 3 * 2 * 6
+        assert run.pairs[0].error == 0
+
+
 def test_data_parallel_ranks_are_paired_rank_by_rank(tmp_path):
     x = [torch.randn(2, 3) for _ in range(2)]
     places = [{"dp": 2, "dp_rank": rank} for rank in (0, 1)]
@@ -170,7 +186,8 @@ def test_other_steps_microbatches_and_calls_are_said_in_words(tmp_path):
     assert reasons["a", "ref"] == "RUN has it at other steps only: 0, 5"
     assert reasons["a", "run"] == "REF has it at other steps only: 0-1"
     assert reasons["b", "ref"] == "RUN has it at other microbatches only: 0"
-    assert "other calls only" in reasons["c", "ref"]
+    assert reasons["c", "ref"] == "RUN has no evaluation forward of it"
+    assert reasons["c", "run"] == "REF has it in other calls only"
 
 
 def test_shapes_that_do_not_match_are_listed_and_the_rest_is_compared(tmp_path):

@@ -6,7 +6,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -93,6 +93,18 @@ class Alignment:
     def moves(self) -> bool:
         """Does either side have to be split or permuted?"""
         return self.ref.moves or self.other.moves
+
+    def cut(self, ref: Sequence[int], other: Sequence[int]) -> Alignment:
+        """Only what both find valid: `ref` and `other` are shapes without padding.
+
+        Axes that are folded into a composite one are left as they are.
+        """
+        shape = list(self.shape)
+        for side, valid in ((self.ref, ref), (self.other, other)):
+            for place, axis in enumerate(side.order):
+                if side.owner.count(side.owner[axis]) == 1:
+                    shape[place] = min(shape[place], valid[side.owner[axis]])
+        return replace(self, shape=tuple(shape))
 
     def boxes(self, elements: int) -> Iterator[Box]:
         """Boxes of at most `elements` that follow each other in the order of the common axes."""

@@ -45,12 +45,26 @@ def examine(match: Match, ref: Catalogue, other: Catalogue, *, block: int = BLOC
 
 
 def _values(match: Match, order: int, ref: Catalogue, other: Catalogue, block: int) -> Pair:
-    one, two = ref.tensor(match.ref, match.name), other.tensor(match.other, match.name)
-    aligned = align(one.shape, one.dims, two.shape, two.dims)
-    if isinstance(aligned, str):
-        raise NotComparable(aligned)
+    one, two, aligned = _aligned(match, ref, other)
     metrics = difference(one, two, aligned, block)
     return Pair(match.at, order, "values", _half(one), _half(two), metrics, note=aligned.note)
+
+
+def _aligned(
+    match: Match, ref: Catalogue, other: Catalogue
+) -> tuple[LogicalTensor, LogicalTensor, Alignment]:
+    """Both tensors without padding, also where only one side knows what padding is."""
+    one, two = ref.tensor(match.ref, match.name), other.tensor(match.other, match.name)
+    found = align(one.shape, one.dims, two.shape, two.dims)
+    if not isinstance(found, str):
+        return one, two, found
+    valid = one.shape, two.shape
+    one = ref.tensor(match.ref, match.name, padded=True)
+    two = other.tensor(match.other, match.name, padded=True)
+    padded = align(one.shape, one.dims, two.shape, two.dims)
+    if isinstance(padded, str) or (one.shape, two.shape) == valid:
+        raise NotComparable(found)
+    return one, two, padded.cut(*valid)
 
 
 def difference(

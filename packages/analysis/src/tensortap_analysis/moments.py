@@ -93,7 +93,7 @@ class Catalogue:
         ranks = self.moments[moment].ranks
         return list({r.at.rank: r for r in found if r.at.rank in ranks}.values())
 
-    def tensor(self, moment: Moment, name: str) -> LogicalTensor:
+    def tensor(self, moment: Moment, name: str, *, padded: bool = False) -> LogicalTensor:
         """The tensor `name` of this moment, which may be a part of what was captured."""
         own = _phase(name) != "grad"
         return self.run.logical(
@@ -102,7 +102,7 @@ class Catalogue:
             recompute=moment.recompute,
             eval=moment.eval,
             dp_rank=moment.dp_rank,
-            padded=False,
+            padded=padded,
             microbatch=moment.microbatch if own else None,
             call=moment.call if own else None,
         )

@@ -165,7 +165,14 @@ def _why(moment: Moment, others: Mapping[str, list[Moment]], who: str) -> str:
     ranks = {found.dp_rank for found in known}
     if moment.dp_rank not in ranks and moment.dp_rank is not None:
         return f"{who} has no data-parallel rank {moment.dp_rank}"
-    return f"{who} has it in other calls only (eval, recomputed, or called less often)"
+    for flag, word in ((moment.eval, "evaluation"), (moment.recompute, "recomputed")):
+        if flag and not any(_flags(found) == _flags(moment) for found in known):
+            return f"{who} has no {word} forward of it"
+    return f"{who} has it in other calls only"
+
+
+def _flags(moment: Moment) -> tuple[bool, bool]:
+    return moment.eval, moment.recompute
 
 
 def _spans(numbers: list[int]) -> str:
