@@ -56,7 +56,7 @@ def train(model, path, **how):
 @pytest.fixture(autouse=True)
 def coarse(monkeypatch):
     """Fewer pixels: most of the time goes into drawing them."""
-    monkeypatch.setitem(LOOK, "savefig.dpi", 50)
+    monkeypatch.setitem(LOOK, "figure.dpi", 50)
 
 
 @pytest.fixture(scope="module")

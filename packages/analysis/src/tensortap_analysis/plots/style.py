@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize, SymLogNorm
 from matplotlib.figure import Figure
+from matplotlib.image import imsave
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 Floats = npt.NDArray[np.float64]
@@ -38,7 +39,6 @@ LOOK: Any = {
     "grid.alpha": 0.25,
     "grid.linewidth": 0.5,
     "lines.linewidth": 1.2,
-    "savefig.dpi": 130,
     "figure.dpi": 130,
     # A path of a million points is drawn in pieces, or Agg refuses it.
     "agg.path.chunksize": 10000,
@@ -65,7 +65,10 @@ def save(drawn: Figure, path: Path, title: str, note: str = "") -> Path:
     if note:
         drawn.supxlabel(note.replace("$", r"\$"), x=0.01, ha="left", fontsize=6.5, color="#555555")
     path.parent.mkdir(parents=True, exist_ok=True)
-    drawn.savefig(path)
+    # savefig would lay out and draw everything twice.
+    canvas: Any = drawn.canvas
+    canvas.draw()
+    imsave(path, np.asarray(canvas.buffer_rgba()), dpi=drawn.dpi)
     return path
 
 
