@@ -57,9 +57,8 @@ class Browser:
         self._ask("POST", f"{element}/value", {"text": words})
 
     def _element(self, css):
-        found = self._ask(
-            "POST", f"{self._session}/element", {"using": "css selector", "value": css}
-        )
+        wanted = {"using": "css selector", "value": css}
+        found = self._ask("POST", f"{self._session}/element", wanted)
         return f"{self._session}/element/{next(iter(found.values()))}"
 
     def console(self):

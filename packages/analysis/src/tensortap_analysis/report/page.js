@@ -22,7 +22,9 @@
     return layout;
   };
   const config = {
-    responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d", "sendDataToCloud"],
+    responsive: true, displaylogo: false, plotlyServerURL: "",
+    // Named one by one: plotly's own choice has a button that uploads the chart.
+    modeBarButtons: [["toImage", "zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]],
   };
   const charts = [...document.querySelectorAll(".chart")];
   const draw = async (chart) => {

@@ -12,6 +12,7 @@ from tensortap.errors import ConfigError, RunError
 from tensortap.selection import Selection
 from tensortap_analysis.comparing import compare
 from tensortap_analysis.comparison import Comparison
+from tensortap_analysis.presets import preset as known_preset
 from tensortap_analysis.report.page import page
 from tensortap_analysis.report.views import View, labels, view
 from tensortap_analysis.sources import Source, label, opened
@@ -56,6 +57,7 @@ def write_report(
     `RunError` for what is no run, `ConfigError` and `SelectionError` for what cannot be asked.
     """
     path = _target(out)
+    known_preset(preset, thresholds)
     if noise is not None and not runs:
         raise ConfigError("A noise run judges a comparison; give a second run to compare.")
     views = _views((ref, *runs), select, step)
