@@ -294,3 +294,11 @@ def test_an_axis_shows_zero_nowhere_and_infinity_on_top():
     assert low < -3 < high
     assert whole([2, 3])["dtick"] == 1
     assert whole(range(100))["dtick"] == 7
+
+
+def test_infinite_errors_have_a_place_in_the_grid_of_layers(runs, tmp_path):
+    write_report(tmp_path / "r.html", runs / "ref", runs / "nan")
+    [heat] = Page(tmp_path / "r.html").data["grid-0"]["data"]
+    place = heat["y"].index("down/forward/output")
+    assert heat["text"][place] == ["", "", "", "∞", "∞"]
+    assert [value is None for value in heat["z"][place]] == [True, True, True, False, False]

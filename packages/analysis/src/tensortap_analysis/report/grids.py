@@ -48,7 +48,8 @@ def _heatmap(cells: dict[str, dict[int, float]], layers: list[int], quantity: st
               for layer, value in zip(layers, row, strict=True))
         for family, row in zip(cells, found, strict=True)
     ]  # fmt: skip
-    logs = [[_log(value) for value in row] for row in found]
+    top = max((math.log10(x) for row in found for x in row if x and x < math.inf), default=0.0)
+    logs = [[_log(value, top) for value in row] for row in found]
     trace = go.Heatmap(
         z=logs, x=layers, y=hover(cells), hovertext=hovers, hoverinfo="text",
         text=[["∞" if value == math.inf else "" for value in row] for row in found],
@@ -63,5 +64,6 @@ def _heatmap(cells: dict[str, dict[int, float]], layers: list[int], quantity: st
     )  # fmt: skip
 
 
-def _log(value: float | None) -> float | None:
-    return None if value is None or not 0 < value < math.inf else math.log10(value)
+def _log(value: float | None, top: float) -> float | None:
+    """Nothing for 0; infinity in the colour of the largest."""
+    return None if not value else min(math.log10(value), top)
