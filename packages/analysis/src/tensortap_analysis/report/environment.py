@@ -12,6 +12,8 @@ from tensortap_analysis.report.views import View
 
 _LONG = 300
 _MANY = 150
+_OWN = ("path", "created", "launch")
+"""What no two runs share."""
 
 
 def section(views: Sequence[View]) -> Html:
@@ -70,7 +72,8 @@ def _table(title: str, views: Sequence[View], facts: Sequence[Mapping[str, Any]]
 
 def _row(key: str, values: Sequence[Any]) -> Html:
     words = [_words(value) for value in values]
-    marked = {"class_": "differs"} if len(set(words)) > 1 else {}
+    differs = len(set(words)) > 1 and key not in _OWN
+    marked = {"class_": "differs"} if differs else {}
     return tag("tr", tag("th", key, scope="row"), *(tag("td", word) for word in words), **marked)
 
 

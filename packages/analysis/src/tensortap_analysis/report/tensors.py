@@ -20,18 +20,18 @@ _COMPARED: tuple[Column, ...] = (
     ("run", "run", "The run compared with the reference"),
     ("step", "step", "Training or inference step"),
     ("when", "moment", "Microbatch, call, evaluation or recomputation, where not the first"),
-    ("shape", "shape", "Shape in the reference"),
-    ("dtypes", "dtype", "Of the reference, and of the run where it differs"),
-    ("by", "by", "Compared by values, a sample of them, or statistics"),
     ("excess", "of limit", "Error in units of its limit: beyond from 1 on"),
+    ("error", "relative L2", "|run - ref| / |ref|; of statistics, at least"),
     ("grade", "judged", "The judgement in words"),
     ("origin", "origin", "Beyond its limit: was the error added here (local) or inherited?"),
-    ("error", "relative L2", "|run - ref| / |ref|; of statistics, at least"),
     ("max_abs", "max abs", "Largest difference"),
     ("mae", "MAE", "Mean absolute difference"),
     ("cosine", "cosine", "Cosine similarity"),
     ("sqnr_db", "SQNR dB", "Signal to quantisation noise ratio"),
     ("nonfinite_mismatches", "NaN/Inf", "Values that are NaN or infinite on one side only"),
+    ("by", "by", "Compared by values, a sample of them, or statistics"),
+    ("shape", "shape", "Shape in the reference"),
+    ("dtypes", "dtype", "Of the reference, and of the run where it differs"),
     ("ref_std", "ref std", "Standard deviation in the reference"),
     ("run_std", "run std", "Standard deviation in the run"),
 )
@@ -65,8 +65,9 @@ def section(views: Sequence[View], found: Comparison | None, rows: int) -> Listi
     if found is not None:
         labels = {one.path: one.label for one in views}
         columns, total, picked = _COMPARED, *_compared(found, labels, rows)
-        if len(found.runs) == 1:
-            columns = tuple(column for column in columns if column[0] != "run")
+        idle = {"run"} if len(found.runs) == 1 else set()
+        idle |= set() if any(row["when"] for row in picked) else {"when"}
+        columns = tuple(column for column in columns if column[0] not in idle)
         full, first = "tensortap compare --csv --details", "error over its limit"
     else:
         columns, total, picked = _CAPTURED, *_captured(views[0], rows)
