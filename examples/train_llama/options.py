@@ -117,4 +117,7 @@ def _wrong(options: argparse.Namespace, world: int) -> str | None:
     for folder in (options.hf_model, options.tokenizer):
         if folder and not folder.is_dir():
             return f"{folder} is no folder."
+    for folder in (options.checkpoint, options.tensorboard):
+        if folder and folder.exists() and not folder.is_dir():
+            return f"{folder} is no folder, so nothing can be written below it."
     return None

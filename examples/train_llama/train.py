@@ -60,6 +60,8 @@ def instruments(model: DistributedDataParallel) -> Iterator[None]:
 
                 stack.enter_context(tensortap.attach(model))
         yield
+        with one_line_errors():
+            stack.close()
 
 
 def train(options: Namespace) -> None:

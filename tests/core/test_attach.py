@@ -590,3 +590,17 @@ def test_only_what_is_selected_is_hooked(select):
         assert not model.layers[1].down._forward_hooks
         assert not model.layers[0]._forward_hooks
         model(torch.ones(1, 8))
+
+
+def test_ranks_that_there_are_not_are_a_warning():
+    with pytest.warns(tensortap.CaptureWarning, match="ranks='8', but the ranks are 0 to 0"):
+        assert not tensortap.attach(Mlp(), tensortap.MemorySink(), ranks="8").attached
+
+
+def test_detach_all_goes_on_after_a_tap_that_saw_nothing():
+    unused, used = Mlp(), Mlp()
+    taps = [tensortap.attach(model, tensortap.MemorySink()) for model in (unused, used)]
+    used(torch.ones(1, 8))
+    with pytest.warns(tensortap.CaptureWarning, match="captured nothing"):
+        tensortap.detach_all()
+    assert not any(tap.attached for tap in taps)

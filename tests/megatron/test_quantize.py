@@ -12,7 +12,14 @@ from tests.megatron import quantize_layers as built
 from tests.megatron.quantize_layers import batch, gradients
 from torch import nn
 
-from tensortap import AlreadyAttached, ConfigError, NotSupported, SelectionError, formats
+from tensortap import (
+    AlreadyAttached,
+    CaptureWarning,
+    ConfigError,
+    NotSupported,
+    SelectionError,
+    formats,
+)
 from tensortap_megatron.quantization import format_of, quantize
 
 
@@ -326,3 +333,9 @@ def test_training_in_every_format_lowers_the_loss(format: str) -> None:
             losses.append(gradients(model)["losses"].mean().item())
             optimizer.step()
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_pattern_that_matches_no_product_is_said() -> None:
+    model = built.gpt(num_layers=1)
+    with pytest.warns(CaptureWarning, match=r"'!layers.0' matches no matrix product"):
+        quantize(model, "MXFP4", select="*,!layers.0").remove()

@@ -88,6 +88,8 @@ class TeeSink:
 
     def __init__(self, *sinks: TensorSink) -> None:
         self._sinks = sinks
+        wanted = {sink.default_values for sink in sinks if isinstance(sink, PayloadSink)}
+        self.default_values: Values = "full" if "full" in wanted else (*wanted, "stats")[0]
 
     def open(self, run: RunInfo) -> None:
         for opened, sink in enumerate(self._sinks):

@@ -74,6 +74,9 @@ def attach(
     settings = Settings.resolve(options, values=default)
     tap = Tap(settings)
     rank, world = rank_and_world()
+    if settings.enabled and not any(number in settings.ranks for number in range(world)):
+        said = f"ranks={settings.ranks.text!r}, but the ranks are 0 to {world - 1}"
+        warnings.warn(f"{said}: nothing is captured.", CaptureWarning, stacklevel=2)
     if settings.enabled and rank in settings.ranks:
         roots = [unwrap(module) for module in modules_to_tap(model)]
         with Undo() as undo:
@@ -84,7 +87,10 @@ def attach(
 def detach_all() -> None:
     """Detach every tap of this process, such as one that a failed notebook cell left behind."""
     for tap in list(_attached):
-        tap.detach()
+        try:
+            tap.detach()
+        except CaptureError as failure:  # A cell that failed early: the others must go as well.
+            warnings.warn(str(failure), CaptureWarning, stacklevel=2)
 
 
 class Tap:

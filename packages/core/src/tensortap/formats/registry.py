@@ -47,6 +47,7 @@ def get(name: str, **options: Any) -> Codec:
 
     Options: `rounding` and `overflow` of hifp8, `scale` of int8, `group` of int4.
     """
+    name = name.lower() if isinstance(name, str) else name
     if name not in _MAKERS:
         rest = ", ".join(sorted(_MAKERS))
         close = nearest(str(name), _MAKERS, limit=3)

@@ -16,11 +16,9 @@ from tensortap.selection import Selection
 from tensortap.undo import Undo
 from tensortap.wrappers import unwrap
 from tensortap_megatron.quantization.operand import Quantizer
-from tensortap_megatron.quantization.targets import Target, choose
+from tensortap_megatron.quantization.targets import EVERYTHING, Target, choose
 
 VARIABLE = "CUSTOM_QUANT_TYPE"
-EVERYTHING = "*,!embed,!embed.*,!lm_head,!lm_head.*"
-
 _FORMATS: WeakKeyDictionary[nn.Module, list[str]] = WeakKeyDictionary()
 """Formats by model: a pipeline stage may hold nothing of what is quantised, and says so too."""
 
@@ -116,6 +114,6 @@ def _from_environment() -> str:
     name = os.environ.get(VARIABLE)
     if not name:
         raise ConfigError(f"{VARIABLE} is not set, and no format was given; there are: {known}.")
-    if name not in formats.names():
+    if name.lower() not in formats.names():
         raise ConfigError(f"{VARIABLE}={name!r} is not a number format; there are: {known}.")
     return name

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
-from tensortap.errors import AlreadyAttached, NotSupported
+from tensortap.errors import AlreadyAttached, CaptureWarning, NotSupported
 from tensortap.selection import Selection
 from tensortap_megatron import elsewhere, naming
 from tensortap_megatron.facts import Facts
@@ -16,6 +17,9 @@ from tensortap_megatron.quantization import linear
 from tensortap_megatron.quantization.attention import AttentionForward
 from tensortap_megatron.quantization.linear import LinearForward
 from tensortap_megatron.quantization.operand import Replacement, replacement
+
+EVERYTHING = "*,!embed,!embed.*,!lm_head,!lm_head.*"
+"""What is quantised unless the user says otherwise."""
 
 _LINEARS = frozenset(
     f"megatron.core.tensor_parallel.layers.{name}"
@@ -51,11 +55,26 @@ def choose(models: Sequence[nn.Module], selection: Selection) -> list[Target]:
         everywhere = _on_all_ranks([target.name for target in found], models)
         if not any(selection.matches_module(name) for name in everywhere):
             where = f"{type(models[0]).__name__}: of its modules, these compute matrix products"
-            hint = " Select modules, without `/`." if "/" in selection.text else ""
+            hint = " Select modules, without `/`; what is inside of one is `module.*`."
             raise selection.nothing_in(everywhere, where, hint=hint)
+    _warn_of_dead(selection, [target.name for target in found], models)
     _refuse_twice(chosen)
     _refuse([target for target in chosen if target.refusal])
     return chosen
+
+
+def _warn_of_dead(selection: Selection, names: Sequence[str], models: Sequence[nn.Module]) -> None:
+    """A pattern that matches no product is most likely a typo; those of the default may."""
+    if selection.text == EVERYTHING:
+        return
+    everywhere = [f"{name}/" for name in (*names, *_on_all_ranks(names, models), "embed")]
+    for pattern in selection.dead(everywhere, ()):
+        warnings.warn(
+            f"quantize(select={selection.text!r}): {pattern!r} matches no matrix product of this "
+            "model; what is inside of a module is `module.*`.",
+            CaptureWarning,
+            stacklevel=4,
+        )
 
 
 def _targets(model: nn.Module) -> Iterable[Target]:
