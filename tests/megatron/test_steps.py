@@ -11,6 +11,7 @@ from tests.megatron import quantize_layers as built
 
 import tensortap
 from tensortap import MemorySink
+from tensortap_megatron import linears
 
 pytestmark = pytest.mark.xdist_group("megatron-steps")
 
@@ -174,3 +175,18 @@ def test_detaching_leaves_megatron_as_it_was() -> None:
     assert after == before[0]
     assert [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()] == hooks
     assert [set(vars(m)) for m in model.modules()] == [set(found) for found in before[1]]
+
+
+def test_a_hook_that_breaks_stops_the_capture_and_not_the_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*args: Any) -> None:
+        raise AttributeError("no such thing")
+
+    model = built.gpt(num_layers=1)
+    expected = built.gradients(model)
+    monkeypatch.setattr(linears, "_watch", broken)
+    with pytest.warns(tensortap.CaptureWarning, match="no such thing"):
+        with tensortap.attach(model, MemorySink()):
+            found = built.gradients(model)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
