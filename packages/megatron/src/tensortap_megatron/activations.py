@@ -112,9 +112,9 @@ def linear(named: Named, facts: Facts) -> Plans:
 
 
 def _column_output(named: Named, facts: Facts) -> Plan:
-    gathered = bool(getattr(named.module, "gather_output", False))
     if parts.is_head(named):
         return Plan((_seq(facts.inner), BATCH, _vocab(facts)))
+    gathered = bool(getattr(named.module, "gather_output", False))
     cut = whole if gathered else parts.column_cut(named, facts)
     axis = Axis(_outer_word(named), cut)
     axes = (_seq(facts.inner), BATCH, axis)

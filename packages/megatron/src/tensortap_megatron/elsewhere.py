@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from tensortap.choices import tensors_of
 from tensortap.integration import Site
-from tensortap_megatron import linears
+from tensortap_megatron import experts, linears, operands
 from tensortap_megatron.facts import Facts
 
 
@@ -38,10 +38,10 @@ _LINEAR = Kind(
 )
 _CORE = Kind(
     ("query", "key", "value", "context", "probs"),
-    extra=tuple(f"{word}_quantized" for word in ("query", "key", "value", "probs")),
+    extra=operands.ATTENTION,
     product=True,
 )
-_ROUTED = Kind(extra=("token_index",))
+_ROUTED = Kind(extra=experts.TENSORS)
 
 _EDGES: Mapping[str, Kind] = {
     "root": _BLOCK,

@@ -43,7 +43,6 @@ _CORE_WORDS = {
     "input.3": "input.attention_mask",
     "output": "context",
 }
-_QUANTIZED = ("query_quantized", "key_quantized", "probs_quantized", "value_quantized")
 
 _INSTALL: Mapping[str, Callable[[Site, Observer, Undo], object]] = {
     "product": linears.install,
@@ -196,7 +195,12 @@ def _core_sites(named: Named, site: Any) -> Iterator[Site]:
         inputs = dict.fromkeys(("input", "input.1", "input.2"))
         probs = site(f"{named.native}.scale_mask_softmax", ("probs",))
         yield dataclasses.replace(probs, module=softmax, words={**inputs, "output": "probs"})
-    yield site(f"{named.native}:products", _QUANTIZED, kind="function", forward_only=_QUANTIZED)
+    yield site(
+        f"{named.native}:products",
+        operands.ATTENTION,
+        kind="function",
+        forward_only=operands.ATTENTION,
+    )
 
 
 def _routing(named: Named, *, spread: bool) -> Site:

@@ -11,6 +11,9 @@ from torch import nn
 from tensortap.integration import Call, Observer, Site
 from tensortap.undo import Undo
 
+ATTENTION = ("query_quantized", "key_quantized", "probs_quantized", "value_quantized")
+"""What quantised attention products report in forward."""
+
 
 class Operands:
     """The calls of one module's products."""

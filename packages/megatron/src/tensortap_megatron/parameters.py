@@ -11,7 +11,6 @@ from tensortap.records import Part
 from tensortap_megatron import parts
 from tensortap_megatron.facts import Facts
 from tensortap_megatron.naming import Named
-from tensortap_megatron.parallel import Group
 from tensortap_megatron.placements import Axis, Plan, Plans
 from tensortap_megatron.shards import Cut, fused, split, whole
 
@@ -29,7 +28,7 @@ def plans(named: Named, facts: Facts) -> Plans:
 def weight(named: Named, facts: Facts) -> Plan:
     """The weight of a parallel linear layer: [out, in]."""
     if parts.row_parallel(named.module):
-        return Plan((Axis("out"), Axis("in", split(_group(named, facts)))))
+        return Plan((Axis("out"), Axis("in", split(parts.group_of(named, facts)))))
     axes = (_outputs(named, facts), Axis("in"))
     return Plan(axes, _parts(named, facts), unknown=parts.unplaced(named))
 
@@ -96,15 +95,7 @@ def _bias(named: Named, facts: Facts) -> Plan:
 def _outputs(named: Named, facts: Facts) -> Axis:
     if parts.is_head(named):
         return Axis("vocab", facts.over_tensor, facts.vocabulary)
-    group = _group(named, facts)
-    if parts.gated(named, facts):
-        return Axis("out", fused(group, (1, 1)))
-    return Axis("out", parts.column_cut(named, facts) if group is facts.tp else split(group))
-
-
-def _group(named: Named, facts: Facts) -> Group:
-    """Experts have a tensor-parallel group of their own."""
-    return facts.parallel["etp"] if named.in_expert else facts.tp
+    return Axis("out", parts.column_cut(named, facts))
 
 
 def _parts(named: Named, facts: Facts) -> tuple[Part, ...]:

@@ -9,6 +9,7 @@ from torch import nn
 from tensortap.records import Part, Segment
 from tensortap_megatron.facts import Facts
 from tensortap_megatron.naming import Named
+from tensortap_megatron.parallel import Group
 from tensortap_megatron.shards import Cut, fused, split
 
 _COLUMN = frozenset(
@@ -72,13 +73,19 @@ def unplaced(named: Named) -> bool:
     return named.word == "attn.in_proj"
 
 
+def group_of(named: Named, facts: Facts) -> Group:
+    """The ranks that share a layer: experts have a tensor-parallel group of their own."""
+    return facts.parallel["etp"] if named.in_expert else facts.tp
+
+
 def column_cut(named: Named, facts: Facts) -> Cut:
     """How ranks share the outputs of a column-parallel layer."""
+    group = group_of(named, facts)
     if gated(named, facts):
-        return fused(facts.tp, (1, 1))
+        return fused(group, (1, 1))
     if named.word == "mixer.in_proj":
-        return fused(facts.tp, mixer_shares(facts.config))
-    return split(facts.tp)
+        return fused(group, mixer_shares(facts.config))
+    return split(group)
 
 
 def _config(named: Named, facts: Facts) -> object:
