@@ -1,0 +1,104 @@
+"""`Weight`: one parameter of a checkpoint or a live module, read when it is needed.
+
+Contract with the measures (`tensortap_analysis.weights.measures`)
+------------------------------------------------------------------
+The engine calls, once per matrix, from one of several worker threads at once:
+
+    from tensortap_analysis.weights.measures import measure
+    measure(matrix, dtype, methods, options) -> {method: {metric: value}}
+
+- `matrix`: a 2-d CPU tensor in its stored dtype (float64, float32, float16, bfloat16, or a
+  float8), [out, in], contiguous, possibly mapped from a file: read it in blocks, never write to
+  it, never convert a 16-bit one as a whole. An embedding is [vocabulary, hidden], a convolution
+  [out, in x kernel], a vector [1, n] (and then only "sparsity" and "norms" are asked for), a stack
+  of experts comes matrix by matrix. It may be empty, and hold NaN or infinities.
+- `dtype`: what the values were stored in. It differs from `matrix.dtype` where the engine has
+  dequantised (float8 with scales: `matrix` is float32, `dtype` float8_e4m3fn; int8: torch.int8).
+  What is resolved is decided by `dtype`.
+- `methods`: some of `options.METHODS`; the answer has exactly these keys. One call for all of
+  them lets them share a pass over the values.
+- `options`: `Options`.
+
+Values are Python's own `int`, `float` (infinities allowed, NaN not), `bool`, `str`, `None`, lists
+and dictionaries of them; no tensors, no numpy. The same matrix gives the same answer to the last
+bit, whatever else runs: torch computes with one thread in each worker.
+
+A metric that cannot be known is `None`, and `answer[method]["unresolved"]` says why:
+`{"condition_number": "stored in bfloat16, which resolves condition numbers up to 593"}`. That key
+is always there, empty where all is known. An input a method cannot work on (NaN, no element) has
+all its metrics `None`, each with the reason. Expected metrics:
+
+    spectral      s_max s_min spectral_norm condition_number condition_number_at_least resolution
+                  stable_rank total_rank rank_tolerance effective_rank energy_rank_90
+                  energy_rank_99 full_rank (= min(rows, columns))   [spectrum]
+    quantization  extreme_outlier_percentage dynamic_range dynamic_range_rms kurtosis
+                  sqnr_db sqnr_db_per_channel   formats: {name: sqnr_db}
+    sparsity      rows columns zeros near_zeros near_zero_threshold zero_fraction
+                  near_zero_fraction dead_rows dead_columns duplicated_rows
+    norms         l1 l2 max mean std row_norm_min row_norm_max row_norm_mean row_norm_spread
+                  nan inf
+
+More metrics are welcome; these are the ones that rules and reports name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+Kind = Literal["linear", "embedding", "convolution", "experts", "vector"]
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One parameter: what it is called, how it lies, and a way to its values.
+
+    `name` is the native one in full (`model.layers.3.self_attn.q_proj.weight`), `layer` what
+    reports call it: the module's native path, or `name` where the parameter is not the module's
+    `weight`. `shape` is as stored, `dtype` what its values are stored in (before dequantising).
+    `transposed`: a linear layer's weight is stored [in, out]. `note` says what was assumed.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    kind: Kind
+    load: Callable[[], torch.Tensor] = field(repr=False, compare=False)
+    transposed: bool = False
+    note: str | None = None
+
+    @property
+    def layer(self) -> str:
+        """`model.layers.3.self_attn.q_proj` of `….q_proj.weight`; other parameters keep theirs."""
+        return self.name.removesuffix(".weight")
+
+    @property
+    def parameter(self) -> str:
+        """`weight`, `bias`, `in_proj_weight`: the last word of the name."""
+        return self.name.rpartition(".")[2]
+
+    @property
+    def numel(self) -> int:
+        """How many values."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the values as stored."""
+        return self.numel * self.dtype.itemsize
+
+    def read(self) -> torch.Tensor:
+        """The values, in `shape`: mapped from the file where possible; do not write to them."""
+        return self.load()
+
+    def matrices(self) -> Iterator[torch.Tensor]:
+        """The values as measures take them: [out, in], contiguous; of experts one by one."""
+        values = self.read()
+        stack = values.unbind() if self.kind == "experts" else (values,)
+        for one in stack:
+            matrix = one.reshape(one.shape[0] if one.ndim > 1 else 1, -1)
+            yield (matrix.T if self.transposed else matrix).contiguous()
