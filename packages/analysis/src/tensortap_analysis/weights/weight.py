@@ -23,10 +23,11 @@ Values are Python's own `int`, `float` (infinities allowed, NaN not), `bool`, `s
 and dictionaries of them; no tensors, no numpy. The same matrix gives the same answer to the last
 bit, whatever else runs: torch computes with one thread in each worker.
 
-A metric that cannot be known is `None`, and `answer[method]["unresolved"]` says why:
-`{"condition_number": "stored in bfloat16, which resolves condition numbers up to 593"}`. That key
-is always there, empty where all is known. An input a method cannot work on (NaN, no element) has
-all its metrics `None`, each with the reason. Expected metrics:
+`answer[method]["unresolved"]` is a dictionary from metric to a sentence, empty where all is known.
+It holds two cases. A metric that the stored dtype cannot know keeps the value of the matrix as it
+is stored, which the classic rules judge, and is named there: `{"condition_number": "stored in
+bfloat16, which resolves condition numbers up to 593"}`. A metric that cannot be computed (NaN, no
+element, zero divided by zero) is `None`, and is named there too. Expected metrics:
 
     spectral      s_max s_min spectral_norm condition_number condition_number_at_least resolution
                   stable_rank total_rank rank_tolerance effective_rank energy_rank_90
