@@ -147,4 +147,7 @@ class Integration(Protocol):
         """Patch what hooks cannot see; every edit goes through `undo`. May do nothing."""
 
     def describe(self, model: nn.Module) -> Mapping[str, Any]:
-        """Fields of `RunInfo`: `model_config`, `versions`, `parallel`, `mode`, `format`."""
+        """Fields of `RunInfo`: model_config, versions, parallel, mode, format, metadata.
+
+        What the user gives to `attach` as metadata is added to it.
+        """

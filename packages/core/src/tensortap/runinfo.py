@@ -40,7 +40,7 @@ def describe_run(
         parallel=described.get("parallel", {}),
         versions=_versions() | dict(described.get("versions", {})),
         settings=_settings(settings) | {"integration": [plugin.name for plugin in plugins]},
-        metadata=settings.metadata,
+        metadata={**described.get("metadata", {}), **settings.metadata},
     )
 
 

@@ -14,6 +14,8 @@ from tensortap.undo import Undo
 from tensortap.wrappers import claim
 from tensortap_hf import attention, fused, generation, mixer
 from tensortap_hf.dims import axes
+from tensortap_hf.modes import operands
+from tensortap_hf.modes.applied import state_of
 from tensortap_hf.naming import Named, named
 from tensortap_hf.words import INNER
 
@@ -31,7 +33,7 @@ class HuggingFace:
 
     def refuse(self, model: nn.Module) -> str | None:
         """No transformers model in it, or a transformers older than the tests run with."""
-        if not _pretrained(model):
+        if not pretrained(model):
             return f"{type(model).__name__} holds no transformers PreTrainedModel."
         if _version(_installed()) < _version(TESTED[0]):
             return (
@@ -42,23 +44,25 @@ class HuggingFace:
 
     def sites(self, model: nn.Module) -> Sequence[Site]:
         """Every module under its canonical name, and the functions hooks cannot see."""
-        config = _pretrained(model)[0].config
+        config = pretrained(model)[0].config
         modules = named(model, config)
         taken = {found.name for found in modules}
         silent = _silent(modules)
         sites: list[Site] = []
         for found in modules:
+            dims = axes(found.name, found.module, config)
             sites.append(
                 Site(
                     found.name,
                     found.native,
                     found.module,
-                    dims=axes(found.name, found.module, config),
+                    dims=dims,
                     placement=fused.placement(found.name, found.module, config),
                     silent=silent.get(found.module),
                 )
             )
             sites += _functions(found, taken)
+            sites += operands.sites(found.name, found.native, found.module, dims)
         return sites
 
     def install(
@@ -69,26 +73,27 @@ class HuggingFace:
         if not wanted:
             return
         _install_functions([site for site in wanted if site.kind == "function"], observer, undo)
-        for outermost in _pretrained(model):
+        for outermost in pretrained(model):
             if callable(getattr(outermost, "generate", None)):
                 generation.install(outermost, observer, undo)
         if _version(_installed()) >= _version(TESTED[1]):
             observer.note("root", f"transformers {_installed()} is newer than tensortap-hf's tests")
 
     def describe(self, model: nn.Module) -> Mapping[str, Any]:
-        """Configuration, the attention implementation in use, and the version of transformers."""
-        config = _pretrained(model)[0].config
+        """Configuration, attention implementation, version of transformers, and the mode."""
+        config = pretrained(model)[0].config
         implementation = getattr(config, "_attn_implementation", None)
         return {
             "model_config": {**config.to_dict(), "attn_implementation": implementation},
             "versions": {"transformers": _installed()},
+            **_mode(model),
         }
 
 
 integration = HuggingFace()
 
 
-def _pretrained(model: nn.Module) -> list[Any]:
+def pretrained(model: nn.Module) -> list[Any]:
     """The outermost transformers models in `model`; loads nothing that is not loaded yet."""
     library = sys.modules.get("transformers.modeling_utils")
     return list(_outermost(model, library.PreTrainedModel)) if library is not None else []
@@ -100,6 +105,15 @@ def _outermost(module: nn.Module, kind: type[nn.Module]) -> Iterator[nn.Module]:
         return
     for child in module.children():
         yield from _outermost(child, kind)
+
+
+def _mode(model: nn.Module) -> dict[str, Any]:
+    """What a run says of the mode the model is in."""
+    state = state_of(model)
+    if state is None:
+        return {}
+    mode = state.mode
+    return {"mode": mode.name, "format": mode.format, "metadata": {"mode": state.to_json()}}
 
 
 def _installed() -> str:
@@ -162,7 +176,9 @@ def _silent(modules: Sequence[Named]) -> Mapping[nn.Module, str]:
 def _install_functions(sites: Sequence[Site], observer: Observer, undo: Undo) -> None:
     mixers: dict[nn.Module, list[Site]] = {}
     for site in sites:
-        if site.tensors[0] == "query":
+        if operands.is_operands(site):
+            operands.install(site, observer, undo)
+        elif site.tensors[0] == "query":
             attention.install(site, observer, undo)
         else:
             mixers.setdefault(site.module, []).append(site)

@@ -7,6 +7,8 @@ out, else the model and the other modes asked for decide.
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -77,16 +79,34 @@ class Family:
     """`all`, `essential`, `quant_only`, `fp_only` -> names of modes."""
     calibrate: Callable[..., Any] | None = None
     """`(model, samples, *, percentile_alpha) -> calibration`: done once for all modes."""
+    ladder: tuple[tuple[str, str], ...] = ()
+    """Pairs (mode, reference) that differ in one thing each."""
     unrotate: Callable[[torch.Tensor], torch.Tensor] | None = None
     """A residual stream in the rotated basis -> the same in the model's own."""
 
 
 _FAMILIES: dict[str, Family] = {}
 _MODES: dict[str, dict[str, Mode]] = {}
+_BUILT_IN = ("tensortap_hf.modes.generic",)
+"""Each has a `FAMILY` and its `MODES`; imported when the first mode is asked for."""
+
+
+@functools.cache
+def _load_built_in() -> None:
+    for path in _BUILT_IN:
+        module = importlib.import_module(path)
+        _add_family(module.FAMILY)
+        for mode in module.MODES:
+            _add(mode)
 
 
 def register_family(family: Family) -> None:
     """Make a family known; raises `ConfigError` when its name is taken."""
+    _load_built_in()
+    _add_family(family)
+
+
+def _add_family(family: Family) -> None:
     if family.name in _FAMILIES:
         raise ConfigError(f"There is a family of modes called {family.name!r} already.")
     _FAMILIES[family.name] = family
@@ -95,6 +115,11 @@ def register_family(family: Family) -> None:
 
 def register(mode: Mode) -> None:
     """Make a mode known to `get` and the command line; raises `ConfigError` for a taken name."""
+    _load_built_in()
+    _add(mode)
+
+
+def _add(mode: Mode) -> None:
     if mode.family not in _FAMILIES:
         raise ConfigError(
             f"mode {mode.title}: there is no family {mode.family!r}; there are: "
@@ -109,6 +134,7 @@ def register(mode: Mode) -> None:
 
 def family(name: str) -> Family:
     """The family of this name; raises `ConfigError`."""
+    _load_built_in()
     if name not in _FAMILIES:
         raise ConfigError(
             f"There is no family of modes {name!r}; there are: {', '.join(_FAMILIES)}."
@@ -118,12 +144,14 @@ def family(name: str) -> Family:
 
 def names(family: str | None = None) -> tuple[str, ...]:
     """The modes of a family; without one, of all families, each name once."""
+    _load_built_in()
     chosen = _MODES if family is None else {family: _modes_of(family)}
     return tuple(dict.fromkeys(name for modes in chosen.values() for name in modes))
 
 
 def families_of(model: nn.Module) -> tuple[str, ...]:
     """Families that serve a model, the preferred one first."""
+    _load_built_in()
     return tuple(name for name in reversed(_FAMILIES) if _FAMILIES[name].refuse(model) is None)
 
 
@@ -140,6 +168,7 @@ def resolve(
     wanted: Sequence[str], family: str | None = None, *, model: nn.Module | None = None
 ) -> tuple[Mode, ...]:
     """Several modes at once: names that are in one family decide for those that are in several."""
+    _load_built_in()
     served = tuple(reversed(_FAMILIES)) if model is None else families_of(model)
     found = [_candidates(name, family, served, model) for name in wanted]
     decided = {modes[0].family for modes in found if len(modes) == 1}

@@ -1,0 +1,114 @@
+"""Modes for any transformers model: dtypes, and linear layers on the grid of a number format."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from tensortap import formats
+from tensortap.errors import NotSupported
+from tensortap.formats import Codec
+from tensortap.undo import Undo
+from tensortap_hf import integration
+from tensortap_hf.modes import casting, linears
+from tensortap_hf.modes.registry import Apply, Changes, Family, Mode, Options
+
+_GRIDS = {
+    "int8": ("W8A8: weights per output channel, activations per token", {"scale": "channel"}),
+    "hifp8": ("HiFloat8, saturating, no scales", {"overflow": "saturate"}),
+    "mxfp8": ("E4M3 in blocks of 32", {}),
+    "mxfp4": ("E2M1 in blocks of 32", {}),
+    "nvfp4": ("E2M1 in blocks of 16, E4M3 scales", {}),
+}
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def refuse(model: nn.Module) -> str | None:
+    """Why these modes cannot serve a model: it is none of transformers."""
+    if integration.pretrained(model):
+        return None
+    return f"{type(model).__name__} holds no transformers PreTrainedModel."
+
+
+def quantization_method(model: nn.Module) -> str | None:
+    """How the weights of a loaded checkpoint are quantised (`torchao`); `None`: they are not."""
+    for found in integration.pretrained(model):
+        config: Any = getattr(found.config, "quantization_config", None)
+        if config is not None:
+            method = config.get("quant_method") if isinstance(config, dict) else config.quant_method
+            return str(getattr(method, "value", method))
+    return None
+
+
+def _casting(name: str) -> Apply:
+    def apply(model: nn.Module, undo: Undo, options: Options) -> Changes:
+        _refuse_quantized(model, name)
+        if options.exclude:
+            raise NotSupported(f"mode {name} casts the whole model; it takes no exclude.")
+        return casting.cast(model, undo, _DTYPES[name])
+
+    return apply
+
+
+def _quantizing(name: str, codec: Codec) -> Apply:
+    def apply(model: nn.Module, undo: Undo, options: Options) -> Changes:
+        _refuse_quantized(model, name)
+        return linears.quantize(model, undo, codec, options.exclude)
+
+    return apply
+
+
+def _as_loaded(model: nn.Module, undo: Undo, options: Options) -> Changes:
+    return Changes()
+
+
+def _refuse_quantized(model: nn.Module, name: str) -> None:
+    method = quantization_method(model)
+    if method is not None:
+        raise NotSupported(
+            f"mode {name}: the weights of this checkpoint are quantised already ({method}), so "
+            "nothing else can be made of them. Use mode loaded, and the unquantised checkpoint "
+            "for a reference."
+        )
+
+
+_QUANTISING = tuple(_GRIDS)
+_EVERY = (*_DTYPES, *_QUANTISING)
+
+FAMILY = Family(
+    "generic",
+    "any transformers model: dtypes, and fake-quantised linear layers",
+    refuse,
+    {
+        "all": _EVERY,
+        "essential": ("fp32", "bf16", "int8", "mxfp8", "mxfp4"),
+        "quant_only": tuple(name for name in _EVERY if name != "fp32"),
+        "fp_only": ("fp32",),
+    },
+)
+
+MODES = (
+    *(
+        Mode(
+            name,
+            "generic",
+            f"all weights and products in {str(dtype)[6:]}",
+            _casting(name),
+            format=name if name in formats.names() else None,
+        )
+        for name, dtype in _DTYPES.items()
+    ),
+    *(
+        Mode(
+            name,
+            "generic",
+            f"fake-quantised linear layers: {says}",
+            _quantizing(name, formats.get(name, **options)),
+            format=name,
+        )
+        for name, (says, options) in _GRIDS.items()
+    ),
+    Mode("loaded", "generic", "as it was loaded: for quantised checkpoints", _as_loaded),
+)
