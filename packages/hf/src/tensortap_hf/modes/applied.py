@@ -30,6 +30,7 @@ class State:
             "family": self.mode.family,
             "basis": self.mode.basis,
             "format": self.mode.format,
+            "equals": list(self.mode.equals),
             "changed": list(self.changes.changed),
             "kept": dict(self.changes.kept),
         }

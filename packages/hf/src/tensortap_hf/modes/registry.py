@@ -142,6 +142,12 @@ def family(name: str) -> Family:
     return _FAMILIES[name]
 
 
+def families() -> tuple[str, ...]:
+    """Every family, the most general one first."""
+    _load_built_in()
+    return tuple(_FAMILIES)
+
+
 def names(family: str | None = None) -> tuple[str, ...]:
     """The modes of a family; without one, of all families, each name once."""
     _load_built_in()

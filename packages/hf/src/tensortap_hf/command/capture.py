@@ -1,0 +1,138 @@
+"""`tensortap modes capture`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tensortap_hf.command import equality, printing
+from tensortap_hf.command.capturing import Outcome, Plan, capture_all
+from tensortap_hf.command.equality import Equality
+from tensortap_hf.command.layers import layers as layers_of
+from tensortap_hf.command.models import load
+from tensortap_hf.command.options import (
+    Alpha,
+    AsJson,
+    CalibData,
+    CalibSamples,
+    CalibSeqLen,
+    Data,
+    Device,
+    Exclude,
+    Inputs,
+    Model,
+    Modes,
+    RandomInit,
+    SeqLen,
+    chosen_modes,
+)
+from tensortap_hf.command.runs import opened
+
+
+def capture(
+    out: Annotated[Path, typer.Option(help="Each mode becomes a run in here.")],
+    model: Model = None,
+    random_init: RandomInit = None,
+    wanted: Modes = "all",
+    layers: Annotated[str, typer.Option(help="first,last or 0,23 or all.")] = "first,last",
+    data: Data = None,
+    samples: Annotated[int, typer.Option(min=1, help="How many samples to run.")] = 10,
+    seq_len: SeqLen = 512,
+    calib_data: CalibData = None,
+    calib_samples: CalibSamples = 10,
+    calib_seq_len: CalibSeqLen = 512,
+    percentile_alpha: Alpha = None,
+    exclude: Exclude = None,
+    device: Device = "cpu",
+    overwrite: Annotated[bool, typer.Option(help="Replace runs of the same modes.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Capture a model in several modes: one run a mode, on the same inputs.
+
+    Recorded are input and output of each layer, and the output of its mixer if it has one. Every
+    sample is a step. Exit code: 0 all modes were captured, 1 a mode failed or modes that must be
+    bitwise equal are not, 2 nothing could be done.
+    """
+    inputs = Inputs(
+        data, samples, seq_len, calib_data, calib_samples, calib_seq_len, percentile_alpha
+    )
+    loaded = load(model, random_init, device)
+    chosen = chosen_modes(wanted, loaded)
+    read, calibration = inputs.read(loaded)
+    arguments = [*loaded.arguments, "--layers", layers, *inputs.arguments()]
+    plan = Plan(
+        loaded, layers_of(loaded.model, layers), read, calibration, tuple(exclude or ()),
+        {"command": arguments + [word for one in exclude or () for word in ("--exclude", one)]},
+    )  # fmt: skip
+    _warn(plan, samples)
+    with printing.progress_of(len(chosen) * len(read.ids), "capturing") as progress:
+        outcomes = capture_all(plan, chosen, out, progress, overwrite=overwrite)
+    equal = _equalities(out, outcomes)
+    if as_json:
+        printing.say_json(_json(plan, out, outcomes, equal))
+    else:
+        _print(plan, out, outcomes)
+    _report(outcomes, equal)
+    failed = any(one.error for one in outcomes) or any(e.kind == "violated" for e in equal)
+    raise typer.Exit(1 if failed else 0)
+
+
+def _warn(plan: Plan, asked: int) -> None:
+    if plan.samples.tokens == "random" and plan.loaded.arguments[0] != "--random-init":
+        printing.warn("no --data: the inputs are random token ids, unlike any text.")
+    if plan.samples.tokens == "bytes":
+        printing.warn(f"{plan.loaded.source} has no tokenizer: token ids are bytes of the text.")
+    if len(plan.samples.ids) < asked:
+        printing.warn(f"{plan.samples.source} has {len(plan.samples.ids)} samples, not {asked}.")
+
+
+def _equalities(out: Path, outcomes: list[Outcome]) -> list[Equality]:
+    names = {Path(one.run).name for one in outcomes if one.error is None}
+    if not names:
+        return []
+    with opened(out, names) as runs:
+        return equality.equalities(runs)
+
+
+def _print(plan: Plan, out: Path, outcomes: list[Outcome]) -> None:
+    lengths = sorted(set(plan.samples.lengths))
+    tokens = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
+    printing.say(
+        f"{plan.loaded.source}: layers {', '.join(map(str, plan.layers.numbers))}; "
+        f"{len(plan.samples.ids)} samples of {tokens} tokens from {plan.samples.source}"
+    )
+    rows = [
+        (one.mode, one.family, one.error or one.run, one.records or None, one.seconds or None)
+        for one in outcomes
+    ]
+    printing.say_table(("mode", "family", "run", "records", "seconds"), rows)
+
+
+def _report(outcomes: list[Outcome], equal: list[Equality]) -> None:
+    for one in outcomes:
+        if one.error is not None:
+            printing.complain(f"mode {one.family}/{one.mode} failed: {one.error}")
+    report_equalities(equal)
+
+
+def report_equalities(equal: list[Equality]) -> None:
+    """Violations as errors, equalities that nobody declared as warnings."""
+    for one in equal:
+        if one.kind == "violated":
+            printing.complain(str(one))
+        elif one.kind == "undeclared":
+            printing.warn(str(one))
+
+
+def _json(plan: Plan, out: Path, outcomes: list[Outcome], equal: list[Equality]) -> dict[str, Any]:
+    inputs = plan.samples.to_json()
+    return {
+        "out": str(out),
+        "model": plan.loaded.source,
+        "layers": list(plan.layers.numbers),
+        "inputs": {key: inputs[key] for key in ("source", "tokens", "lengths")},
+        "modes": [one.to_json() for one in outcomes],
+        "equalities": [one.to_json() for one in equal],
+    }
