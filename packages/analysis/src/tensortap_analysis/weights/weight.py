@@ -52,6 +52,7 @@ from typing import Literal
 import torch
 
 Kind = Literal["linear", "embedding", "convolution", "experts", "vector"]
+"""What a weight is read as; `experts` is any stack of matrices, the first axis counting them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,22 +61,22 @@ class Weight:
 
     `name` is the native one in full (`model.layers.3.self_attn.q_proj.weight`), `layer` what
     reports call it: the module's native path, or `name` where the parameter is not the module's
-    `weight`. `shape` is as stored, `dtype` what its values are stored in (before dequantising).
-    `transposed`: a linear layer's weight is stored [in, out]. `note` says what was assumed.
+    `weight`. `shape` is that of the values, `dtype` what they are stored in (before dequantising).
+    `transposed`: a linear layer's weight lies [in, out]. `note` says what was assumed. `load`
+    gives the values, `load_parts` those of a stack one by one, where reading all would be wasteful.
     """
 
     name: str
+    layer: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     kind: Kind
     load: Callable[[], torch.Tensor] = field(repr=False, compare=False)
+    load_parts: Callable[[], Iterator[torch.Tensor]] | None = field(
+        default=None, repr=False, compare=False
+    )
     transposed: bool = False
     note: str | None = None
-
-    @property
-    def layer(self) -> str:
-        """`model.layers.3.self_attn.q_proj` of `….q_proj.weight`; other parameters keep theirs."""
-        return self.name.removesuffix(".weight")
 
     @property
     def parameter(self) -> str:
@@ -89,7 +90,7 @@ class Weight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the values as stored."""
+        """Bytes of the values in their stored dtype."""
         return self.numel * self.dtype.itemsize
 
     def read(self) -> torch.Tensor:
@@ -97,9 +98,15 @@ class Weight:
         return self.load()
 
     def matrices(self) -> Iterator[torch.Tensor]:
-        """The values as measures take them: [out, in], contiguous; of experts one by one."""
-        values = self.read()
-        stack = values.unbind() if self.kind == "experts" else (values,)
-        for one in stack:
+        """The values as measures take them: [out, in], contiguous; of a stack one by one."""
+        for one in self._parts():
             matrix = one.reshape(one.shape[0] if one.ndim > 1 else 1, -1)
             yield (matrix.T if self.transposed else matrix).contiguous()
+
+    def _parts(self) -> Iterator[torch.Tensor]:
+        if self.kind != "experts":
+            yield self.load()
+        elif self.load_parts is not None:
+            yield from self.load_parts()
+        else:
+            yield from self.load().unbind()

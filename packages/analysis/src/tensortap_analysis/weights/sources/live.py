@@ -1,0 +1,65 @@
+"""The parameters of a live module, by its own names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from tensortap_analysis.weights.sources.source import Entry, Listing, Skipped
+
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def listing(module: nn.Module) -> Listing:
+    """What its `state_dict` has; parameters shared by several modules are listed once."""
+    skipped: list[Skipped] = []
+    entries = list(_entries(module, skipped))
+    describe = getattr(getattr(module, "config", None), "to_dict", None)
+    facts = describe() if describe is not None else {}
+    return Listing(tuple(entries), skipped=tuple(skipped), config=facts)
+
+
+def _entries(module: nn.Module, skipped: list[Skipped]) -> Iterator[Entry]:
+    first: dict[int, str] = {}
+    owners = dict(module.named_modules(remove_duplicate=False))
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, torch.Tensor):
+            skipped.append(Skipped(name, "no tensor"))
+            continue
+        same = first.setdefault(id(tensor), name)
+        if same != name:
+            skipped.append(Skipped(name, f"tied to {same}: the same parameter, counted there"))
+        elif reason := _unreadable(tensor):
+            skipped.append(Skipped(name, reason))
+        else:
+            owner = owners.get(name.rpartition(".")[0])
+            shape = tuple(tensor.shape)
+            yield Entry(name, shape, tensor.dtype, _loader(tensor), transposed=_lies_in_out(owner))
+
+
+def _lies_in_out(owner: nn.Module | None) -> bool:
+    """Is its weight [in, out]? So it is in GPT-2's Conv1D, which is no class of torch."""
+    return isinstance(owner, _TRANSPOSED) or type(owner).__name__ == "Conv1D"
+
+
+def _unreadable(tensor: torch.Tensor) -> str | None:
+    if tensor.is_meta or is_lazy(tensor):
+        return "has no values yet"
+    if tensor.layout != torch.strided:
+        return f"a {tensor.layout} tensor of torch is not read"
+    if hasattr(tensor, "placements"):
+        return "is sharded over ranks (DTensor); save it and scan the checkpoint"
+    return None
+
+
+def _loader(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+    def load() -> torch.Tensor:
+        values = tensor.detach()
+        if type(values).dequantize is not torch.Tensor.dequantize:
+            values = values.dequantize()  # torchao and others keep codes behind a float's face
+        return values.as_subclass(torch.Tensor).cpu()
+
+    return load

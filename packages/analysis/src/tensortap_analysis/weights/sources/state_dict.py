@@ -1,0 +1,117 @@
+"""Files of `torch.save`, read with torch's restricted unpickler and mapped into memory."""
+
+from __future__ import annotations
+
+import argparse
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tensortap_analysis.weights.sources.mapped import kept, placed
+from tensortap_analysis.weights.sources.source import (
+    CheckpointError,
+    Entry,
+    Listing,
+    Skipped,
+    regular,
+)
+
+_WRAPPERS = ("model", "state_dict", "module", "model_state_dict")
+"""Keys below which training scripts keep the weights, beside the optimizer and the rest."""
+
+
+def listing(path: Path) -> Listing:
+    """The tensors of a state dict, also below `model`, `state_dict` or `module`, dots between.
+
+    Tensors that share memory are listed once. Raises `CheckpointError` for a file that is broken
+    or would need code to be run.
+    """
+    found = regular(path)
+    content, mapped = _loaded(found, path)
+    skipped: list[Skipped] = []
+    state = _state(content, skipped, path)
+    tensors = list(_distinct(state, skipped))
+    load = placed(found, [tensor for _, tensor in tensors]) if mapped else kept
+    entries = (Entry(name, tuple(one.shape), one.dtype, load(one)) for name, one in tensors)
+    notes = () if mapped else (f"{path.name} has torch's old format: it is in memory as a whole",)
+    return Listing(tuple(entries), (found,), tuple(skipped), notes=notes)
+
+
+def _loaded(path: Path, asked: Path) -> tuple[Any, bool]:
+    """What is in the file, and whether it is mapped. Runs no code from it."""
+    mapped = zipfile.is_zipfile(path)
+    try:
+        with _harmless():
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as failure:
+        raise CheckpointError(f"{asked} {_reason(failure)}") from None
+    return content, mapped
+
+
+def _harmless() -> AbstractContextManager[object]:
+    """What training scripts put beside weights and does nothing when it is rebuilt: options."""
+    allow = getattr(torch.serialization, "safe_globals", None)  # torch 2.5
+    return nullcontext() if allow is None else allow([argparse.Namespace])
+
+
+def _reason(failure: Exception) -> str:
+    text = str(failure)
+    if "Unsupported global: GLOBAL " in text:
+        word = text.split("Unsupported global: GLOBAL ")[1].split()[0]
+        return (
+            f"needs {word} to be rebuilt, which could run code; only tensors are read. "
+            "Save the model's state_dict() alone, or as safetensors."
+        )
+    if "weights_only" in text or "Weights only" in text:
+        said = text.split("WeightsUnpickler error:")[-1].strip().splitlines()[0]
+        return f"holds more than tensors and is not read: {said}"
+    first = (text.splitlines() or [""])[0]
+    return f"is no whole file of torch.save: {type(failure).__name__} {first}"
+
+
+def _state(content: Any, skipped: list[Skipped], path: Path) -> Mapping[str, Any]:
+    """The dictionary of weights; what lies beside it is skipped, and said."""
+    if isinstance(content, torch.Tensor):
+        return {path.stem: content}
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict.")
+    wrapper = next((key for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
+    if wrapper is None or any(isinstance(value, torch.Tensor) for value in content.values()):
+        return content
+    for key, value in content.items():
+        if key != wrapper and any(True for _ in _tensors(value, str(key))):
+            skipped.append(Skipped(str(key), f"lies beside {wrapper!r}: no weights of the model"))
+    return _state(content[wrapper], skipped, path)
+
+
+def _tensors(value: Any, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(value, torch.Tensor):
+        yield prefix, value
+    elif isinstance(value, Mapping):
+        for key, below in value.items():
+            yield from _tensors(below, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(value, (list, tuple)):
+        for index, below in enumerate(value):
+            yield from _tensors(below, f"{prefix}.{index}")
+
+
+def _distinct(
+    state: Mapping[str, Any], skipped: list[Skipped]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each place in memory once; the other names of it are skipped, and said."""
+    first: dict[tuple[object, ...], str] = {}
+    for name, tensor in _tensors(state, ""):
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            kind = "quantized" if tensor.is_quantized else tensor.layout
+            skipped.append(Skipped(name, f"a {kind} tensor of torch is not read"))
+            continue
+        place = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        same = first.setdefault(place, name) if tensor.numel() else name
+        if same != name:
+            skipped.append(Skipped(name, f"tied to {same}: the same memory, counted there"))
+            continue
+        yield name, tensor
