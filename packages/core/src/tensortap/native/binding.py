@@ -15,6 +15,7 @@ import torch
 from tensortap.native.build import digest
 from tensortap.native.comparing import Comparing
 from tensortap.native.rounding import Rounding
+from tensortap.native.surveying import Surveying
 from tensortap.records import Statistics
 
 LEADING = 10
@@ -51,8 +52,8 @@ class StaleLibrary(Exception):
 
 
 class Library:
-    """Compiled code of `path`: statistics, as `rounding` that of the number formats, and as
-    `comparing` that of pairs of tensors.
+    """Compiled code of `path`: statistics, as `rounding` that of the number formats, as `comparing`
+    that of pairs of tensors, and as `surveying` that of matrices of weights.
 
     Raises `OSError` or `StaleLibrary` if `path` is no use.
     """
@@ -69,6 +70,7 @@ class Library:
         self._kinds = _kinds(free)
         self.rounding = Rounding(path)
         self.comparing = Comparing(path)
+        self.surveying = Surveying(path)
         os.register_at_fork(after_in_child=self._forget_threads)
 
     def serves(self, dtype: torch.dtype) -> bool:

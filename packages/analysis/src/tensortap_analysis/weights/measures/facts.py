@@ -1,0 +1,113 @@
+"""`Facts`: what several measures ask of one matrix, found once, when it is first asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from tensortap.records import Statistics
+from tensortap.stats import statistics
+from tensortap_analysis.weights.measures.codes import distinct
+from tensortap_analysis.weights.measures.elements import Elements, elements
+from tensortap_analysis.weights.measures.pieces import cut
+from tensortap_analysis.weights.measures.rows import Rows, rows
+from tensortap_analysis.weights.measures.values import Values, finite
+
+NEAR_ZERO = 1e-3
+"""Near zero is what is at most this times the root mean square of the matrix."""
+_BIG, _UNIT = 2.0**480, 2.0**600
+
+
+class Facts:
+    """A contiguous 2-d matrix, the dtype its values were stored in, and what is known of both."""
+
+    def __init__(self, matrix: torch.Tensor, dtype: torch.dtype) -> None:
+        self.matrix, self.dtype = matrix, dtype
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        """Of the finite values; counts of the others."""
+        return statistics(self.matrix)
+
+    @cached_property
+    def exponents(self) -> Mapping[int, int]:
+        """How many nonzero finite values have each power of two."""
+        return statistics(self.matrix, exponents=True).exponents or {}
+
+    @cached_property
+    def unit(self) -> float:
+        """A power of two; values times this have squares inside the range of float64."""
+        largest = self.statistics.absmax or 1.0
+        return 1 / _UNIT if largest > _BIG else _UNIT if largest < 1 / _BIG else 1.0
+
+    @cached_property
+    def rows(self) -> Rows:
+        """Row by row; sums are in `unit`."""
+        return rows(self.matrix, self.unit)
+
+    @cached_property
+    def distinct(self) -> Values | None:
+        """Values that occur and how often, of dtypes with few of them; else `None`."""
+        return distinct(self.matrix)
+
+    @property
+    def values(self) -> Iterator[Values]:
+        """All finite values, one after the other or those that occur with their counts."""
+        if self.distinct is not None:
+            yield self.distinct
+        else:
+            yield from map(finite, cut(self.matrix))
+
+    @cached_property
+    def near_zero(self) -> float:
+        """The magnitude up to which a value counts as near zero."""
+        return NEAR_ZERO * (self.statistics.rms or 0.0)
+
+    @cached_property
+    def elements(self) -> Elements:
+        """What is counted of values one by one."""
+        found = self.statistics
+        return elements(self.values, found.mean or 0.0, found.std or 0.0, self.near_zero)
+
+    @property
+    def empty(self) -> str | None:
+        """Why nothing can be computed at all."""
+        return None if self.matrix.numel() else "no element"
+
+    @property
+    def not_finite(self) -> str | None:
+        """`"not finite: 3 NaN, 1 infinite"`, or `None` where all values are."""
+        found = self.statistics
+        infinite = found.posinf + found.neginf
+        if not found.nan + infinite:
+            return None
+        counts = ((found.nan, "NaN"), (infinite, "infinite"))
+        words = [f"{count:,} {word}" for count, word in counts if count]
+        return f"not finite: {', '.join(words)}"
+
+    @property
+    def all_zero(self) -> str | None:
+        """Why ratios do not exist: there is no value to divide by."""
+        return "all values are 0" if not self.statistics.absmax else None
+
+    @property
+    def unusable(self) -> str | None:
+        """Why metrics that need every value to be a number do not exist."""
+        return self.empty or self.not_finite
+
+
+def nothing(names: Iterable[str], reason: str) -> dict[str, Any]:
+    """Metrics that do not exist, and why."""
+    names = list(names)
+    return dict.fromkeys(names) | {"unresolved": dict.fromkeys(names, reason)}
+
+
+def ratio(numerator: float, denominator: float) -> float | None:
+    """`None` for 0 / 0, infinite for anything else over 0."""
+    if denominator:
+        return numerator / denominator
+    return math.inf if numerator else None

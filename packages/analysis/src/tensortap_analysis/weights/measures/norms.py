@@ -1,0 +1,45 @@
+"""Norms of a matrix and of its rows; what is not finite is counted and left out of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from tensortap_analysis.weights.measures.facts import Facts, nothing
+from tensortap_analysis.weights.options import Options
+
+_METRICS = (
+    "l1", "l2", "max", "mean", "std", "row_norm_min", "row_norm_max", "row_norm_mean",
+    "row_norm_median", "row_norm_spread",
+)  # fmt: skip
+
+
+def norms(facts: Facts, options: Options) -> dict[str, Any]:
+    """`l1`, `l2` (Frobenius) and `max` (of |w|), `mean` and `std` (population), and of rows.
+
+    `row_norm_spread` is the standard deviation of the rows' l2 norms over their mean. All are
+    over the finite values; `nan` and `inf` count the others.
+    """
+    found = facts.statistics
+    counts = {"nan": found.nan, "inf": found.posinf + found.neginf}
+    if found.absmax is None:
+        return nothing(_METRICS, facts.unusable or "no finite value") | counts
+    whole = {
+        "l1": found.l1, "l2": found.l2, "max": found.absmax, "mean": found.mean, "std": found.std,
+    }  # fmt: skip
+    return whole | _of_rows(facts) | counts
+
+
+def _of_rows(facts: Facts) -> dict[str, Any]:
+    lengths = facts.rows.norms
+    mean = float(lengths.mean())
+    unresolved = {} if mean else {"row_norm_spread": "all values are 0"}
+    return {
+        "row_norm_min": float(lengths.min()) / facts.unit,
+        "row_norm_max": float(lengths.max()) / facts.unit,
+        "row_norm_mean": mean / facts.unit,
+        "row_norm_median": float(np.median(lengths)) / facts.unit,
+        "row_norm_spread": float(lengths.std()) / mean if mean else None,
+        "unresolved": unresolved,
+    }

@@ -1,0 +1,84 @@
+"""What is known of a matrix row by row, from one pass: norms, int8 errors, hashes, zeros."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from tensortap import native
+from tensortap.formats import get
+from tensortap.native.surveying import ROW
+from tensortap_analysis.weights.measures.pieces import cut, floats
+
+_SEED = 0x7E27
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """`rows`: `native.surveying.ROW` of each row; `live`: whether a column holds not only zeros."""
+
+    rows: npt.NDArray[np.void]
+    live: npt.NDArray[np.bool_]
+
+    @property
+    def norms(self) -> npt.NDArray[np.float64]:
+        """The l2 norm of each row's finite values, in the unit of the survey."""
+        lengths: npt.NDArray[np.float64] = np.sqrt(self.rows["squares"])
+        return lengths
+
+
+def rows(matrix: torch.Tensor, unit: float) -> Rows:
+    """The survey of a contiguous 2-d matrix; sums are of values times `unit`."""
+    height, width = matrix.shape
+    out = np.zeros(height, ROW)
+    live = np.zeros(width, np.uint8)
+    keys = np.random.default_rng(_SEED).integers(1, 2**32, width, dtype=np.uint32)
+    kernel = native.library()
+    start = 0
+    for piece in cut(matrix) if kernel is None or _narrow(matrix) else [matrix]:
+        values, part = floats(piece), out[start : start + len(piece)]
+        if kernel is None:
+            _survey(values, unit, keys, live, part)
+        else:
+            kernel.surveying.rows(values, unit, keys, live, part)
+        start += len(piece)
+    return Rows(out, live != 0)
+
+
+def _narrow(matrix: torch.Tensor) -> bool:
+    """Dtypes that the kernel does not read as they are: converted piece by piece."""
+    return floats(matrix[:0]).dtype is not matrix.dtype
+
+
+def _survey(
+    values: torch.Tensor,
+    unit: float,
+    keys: npt.NDArray[np.uint32],
+    live: npt.NDArray[np.uint8],
+    out: npt.NDArray[np.void],
+) -> None:
+    """The same by torch and numpy, where nothing is compiled; the hashes are others."""
+    wide = values if values.dtype is torch.float64 else values.to(torch.float32)
+    finite = wide.isfinite()
+    kept = wide.masked_fill(~finite, 0)
+    scaled = kept.to(torch.float64) * unit
+    out["squares"] = scaled.square().sum(1).numpy()
+    out["largest"] = kept.abs().amax(1).numpy() if wide.shape[1] else 0.0
+    out["zeros"] = (wide == 0).sum(1).numpy()
+    out["odd"] = (~finite).sum(1).numpy()
+    error = kept.to(torch.float64) - get("int8", scale="channel").fake_quantize(kept)
+    noise = (error * unit).square().sum(1).numpy()
+    out["noise"] = np.where(out["odd"], 0.0, noise)
+    live |= (wide != 0).any(0).numpy()
+    out["hash"] = _hashes(wide, keys)
+
+
+def _hashes(values: torch.Tensor, keys: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint64]:
+    """Linear in the bits; equal for equal values, also for the two zeros."""
+    canonical = (values + 0.0).numpy()
+    words = canonical.view(f"u{canonical.itemsize}").astype(np.uint64)
+    hashes: npt.NDArray[np.uint64] = (words * keys.astype(np.uint64)).sum(1, dtype=np.uint64)
+    return hashes

@@ -1,0 +1,105 @@
+"""The spectrum of a matrix and what it says: conditioning, ranks, norms."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tensortap_analysis.weights.measures.facts import Facts, nothing
+from tensortap_analysis.weights.measures.gram import spectrum
+from tensortap_analysis.weights.measures.resolution import resolution
+from tensortap_analysis.weights.options import Options
+
+Doubles = npt.NDArray[np.float64]
+_METRICS = (
+    "s_max", "s_min", "spectral_norm", "condition_number", "condition_number_at_least",
+    "resolution", "stable_rank", "total_rank", "rank_tolerance", "effective_rank",
+    "energy_rank_90", "energy_rank_99",
+)  # fmt: skip
+
+
+def spectral(facts: Facts, options: Options) -> dict[str, Any]:
+    """Metrics of the singular values; all of them are in `spectrum` with `full_spectrum`.
+
+    `resolution` is how far the stored dtype's rounding moves singular values. A condition number
+    s_max / s_min is resolved where s_min is larger than that; it is at least
+    `condition_number_at_least` either way. `total_rank` counts singular values above
+    `rank_tolerance`, which is the resolution. `stable_rank`: ||W||_F^2 / s_max^2.
+    `effective_rank`: exp(entropy) of the singular values over their sum (Roy and Vetterli, The
+    effective rank, EUSIPCO 2007). `energy_rank_90`: the fewest singular values whose squares hold
+    90 % of their sum. `spectral_norm` is s_max.
+    """
+    full = {"full_rank": min(facts.matrix.shape)}
+    if facts.unusable is not None:
+        return nothing(_METRICS, facts.unusable) | full
+    if facts.all_zero is not None:
+        return _of_zeros(facts.all_zero) | full | _listed(np.zeros(full["full_rank"]), options)
+    found = spectrum(facts.matrix, facts.unit)
+    reach = resolution(facts, found)
+    values = found.values / facts.unit
+    return (
+        _conditioning(found.values, reach, facts, dead=found.dead)
+        | _ranks(found.values, reach)
+        | full
+        | _listed(values, options)
+    )
+
+
+def _conditioning(values: Doubles, reach: float, facts: Facts, *, dead: int) -> dict[str, Any]:
+    largest, smallest = float(values[0]), float(values[-1])
+    unresolved = {}
+    # A vector of zeros was not rounded to them: what it makes singular is known to be.
+    if smallest < reach and not dead:
+        dtype = str(facts.dtype).removeprefix("torch.")
+        unresolved = {
+            "condition_number": f"stored in {dtype}, which resolves condition numbers up to "
+            f"{largest / reach:.3g}",
+            "s_min": f"stored in {dtype}, whose rounding alone moves singular values by "
+            f"{reach / facts.unit:.3g}",
+        }
+    doubt = 0.0 if dead else reach
+    return {
+        "s_max": largest / facts.unit,
+        "s_min": smallest / facts.unit,
+        "spectral_norm": largest / facts.unit,
+        "condition_number": largest / smallest if smallest else math.inf,
+        "condition_number_at_least": _over(max(largest - doubt, smallest), smallest + doubt),
+        "resolution": reach / facts.unit,
+        "rank_tolerance": reach / facts.unit,
+        "unresolved": unresolved,
+    }
+
+
+def _over(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator else math.inf
+
+
+def _ranks(values: Doubles, reach: float) -> dict[str, Any]:
+    shares = values / values.sum()
+    present = shares[shares > 0]
+    squares = np.square(values / values[0])
+    energy = np.cumsum(squares) / squares.sum()
+    return {
+        "stable_rank": float(squares.sum()),
+        "total_rank": int((values > reach).sum()),
+        "effective_rank": math.exp(-float((present * np.log(present)).sum())),
+        "energy_rank_90": int(np.searchsorted(energy, 0.90)) + 1,
+        "energy_rank_99": int(np.searchsorted(energy, 0.99)) + 1,
+    }
+
+
+def _of_zeros(reason: str) -> dict[str, Any]:
+    """There is no direction: no norm, no rank, and no ratio of norms."""
+    lengths = dict.fromkeys(
+        ("s_max", "s_min", "spectral_norm", "resolution", "rank_tolerance"), 0.0
+    )
+    counts = dict.fromkeys(("total_rank", "energy_rank_90", "energy_rank_99"), 0)
+    ratios = ("condition_number", "condition_number_at_least", "stable_rank", "effective_rank")
+    return lengths | counts | nothing(ratios, reason)
+
+
+def _listed(values: Doubles, options: Options) -> dict[str, Any]:
+    return {"spectrum": values.tolist()} if options.full_spectrum else {}

@@ -1,0 +1,65 @@
+"""What a scan asks of a matrix of weights, by compiled code; the other side of `survey.c`."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+CODES = 1 << 16
+ROW = np.dtype([
+    ("squares", np.float64), ("largest", np.float64), ("noise", np.float64),
+    ("hash", np.uint64), ("zeros", np.int64), ("odd", np.int64),
+])  # fmt: skip
+"""`row_facts` in survey.c: what is known of the finite values of one row."""
+
+_KINDS = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+_TABLES = 4
+_MOST = 1 << 31
+"""Values whose counts fit the tables."""
+
+
+class Surveying:
+    """The functions of a loaded library; matrices are contiguous and on the CPU."""
+
+    def __init__(self, path: Path) -> None:
+        free = ctypes.CDLL(str(path))
+        self._survey, self._count = free.tensortap_survey, free.tensortap_count_codes
+        pointer, number = ctypes.c_void_p, ctypes.c_int64
+        self._survey.argtypes = [
+            pointer, number, number, number, ctypes.c_double, pointer, pointer, pointer,
+        ]  # fmt: skip
+        self._survey.restype = number
+        self._count.argtypes, self._count.restype = [pointer, number, pointer], None
+
+    def rows(
+        self,
+        matrix: torch.Tensor,
+        unit: float,
+        keys: npt.NDArray[np.uint32],
+        live: npt.NDArray[np.uint8],
+        out: npt.NDArray[np.void],
+    ) -> None:
+        """Facts of each row of a float32, float64, float16 or bfloat16 matrix, into `out` (`ROW`).
+
+        `keys` are random numbers, one a column; in `live` columns that hold not only zeros get 1.
+        Sums are of values times `unit`, errors those of int8 with one scale a row.
+        """
+        failed = self._survey(
+            matrix.data_ptr(), _KINDS[matrix.dtype], *matrix.shape, unit, keys.ctypes.data,
+            live.ctypes.data, out.ctypes.data,
+        )  # fmt: skip
+        if failed:
+            raise MemoryError(f"no memory for a row of {matrix.shape[1]} values")
+
+    def codes(self, values: torch.Tensor) -> npt.NDArray[np.int64]:
+        """How often each 16-bit code occurs in a contiguous tensor of a dtype of 2 bytes."""
+        counts = np.zeros(CODES, np.int64)
+        for piece in torch.split(values.reshape(-1), _MOST):
+            tables = np.zeros((_TABLES, CODES), np.uint32)
+            self._count(piece.data_ptr(), piece.numel(), tables.ctypes.data)
+            counts += tables.sum(0, dtype=np.int64)
+        return counts
