@@ -3,6 +3,8 @@
 import typer
 
 from tensortap_hf.command.capture import capture
+from tensortap_hf.command.compare import compare
+from tensortap_hf.command.first_layer import first_layer
 from tensortap_hf.command.listing import list_modes
 
 app = typer.Typer(
@@ -11,3 +13,5 @@ app = typer.Typer(
 )
 app.command(name="list")(list_modes)
 app.command(name="capture")(capture)
+app.command(name="first-layer")(first_layer)
+app.command(name="compare")(compare)

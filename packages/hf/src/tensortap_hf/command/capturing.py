@@ -106,7 +106,7 @@ def _outcome(plan: Plan, mode: Mode, path: Path, progress: Progress) -> Outcome:
     try:
         records = _whole_run(plan, mode, path, progress)
     except Exception as failure:  # Reported with the mode's name; the other modes matter as well.
-        return Outcome(mode.name, mode.family, str(path), error=_sentence(failure))
+        return Outcome(mode.name, mode.family, str(path), error=sentence(failure))
     seconds = time.perf_counter() - begun
     return Outcome(mode.name, mode.family, str(path), records, round(seconds, 3))
 
@@ -159,7 +159,8 @@ def _placed(samples: Samples, model: nn.Module) -> list[torch.Tensor]:
     return [sample.to(device) for sample in samples.ids]
 
 
-def _sentence(failure: Exception) -> str:
+def sentence(failure: Exception) -> str:
+    """Why a mode failed, as one line."""
     if isinstance(failure, TensortapError):
         return str(failure)
     lines = str(failure).strip().splitlines()

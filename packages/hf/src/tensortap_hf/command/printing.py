@@ -14,6 +14,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from tensortap.tables import print_whole
+
 _out = Console(soft_wrap=True)
 _err = Console(stderr=True)
 
@@ -39,17 +41,17 @@ def say_json(content: Any) -> None:
 
 
 def say_table(headings: Sequence[str], rows: Sequence[Sequence[object]], title: str = "") -> None:
-    """A table on stdout; columns of numbers to the right."""
+    """A table on stdout, as wide as it must be; columns of numbers to the right."""
     table = Table(
         box=SIMPLE_HEAD, pad_edge=False, title=title or None, title_justify="left",
         title_style="bold",
     )  # fmt: skip
     for place, heading in enumerate(headings):
         numbers = any(isinstance(row[place], (int, float)) for row in rows)
-        table.add_column(heading, justify="right" if numbers else "left", overflow="fold")
+        table.add_column(heading, justify="right" if numbers else "left", no_wrap=True)
     for row in rows:
         table.add_row(*(escape(cell(value)) for value in row))
-    _out.print(table)
+    print_whole(table, _out)
 
 
 def cell(value: object) -> str:

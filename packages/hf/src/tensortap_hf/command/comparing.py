@@ -1,0 +1,141 @@
+"""One mode against another: every captured tensor, all samples of it taken together."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tensortap.errors import NotSupported, RunError
+from tensortap.records import TensorRecord
+from tensortap_hf import modes
+from tensortap_hf.command.runs import ModeRun
+
+if TYPE_CHECKING:
+    from tensortap_analysis import Comparison, Pair
+
+Progress = Callable[[str], None]
+
+_RESIDUAL = re.compile(
+    r"(.*\.)?(embed/forward/output|layers\.\d+/forward/(in|out)put"
+    r"|layers\.\d+\.mixer/forward/output|layers\.\d+\.norm/forward/input|final_norm/forward/input)"
+)
+"""What lies in the residual stream, so that a rotation of it can be taken back."""
+
+
+def require_analysis() -> None:
+    """Raise unless tensortap-analysis, which measures, is installed."""
+    try:
+        import tensortap_analysis  # noqa: F401
+    except ImportError as failure:
+        raise NotSupported(
+            'comparing needs tensortap-analysis: pip install "tensortap[analysis]".'
+        ) from failure
+
+
+def require_comparable(ref: ModeRun, other: ModeRun, *, unrotate: bool) -> None:
+    """Raise `RunError` for runs of different bases or inputs."""
+    if ref.basis != other.basis and not unrotate:
+        raise RunError(
+            f"{other.name} is in the {other.basis} basis and {ref.name} in the {ref.basis} one: "
+            "their residual streams differ by a rotation, so that every difference would be "
+            "meaningless. Take a --reference of the same family, or pass --unrotate."
+        )
+    mine, theirs = (_token_ids(one) for one in (ref, other))
+    if mine is not None and theirs is not None and mine != theirs:
+        raise RunError(
+            f"{other.name} and {ref.name} were captured on different inputs; capture both with "
+            "the same --data, --samples and --seq-len."
+        )
+
+
+def _token_ids(one: ModeRun) -> Any:
+    inputs = one.run.info.metadata.get("inputs")
+    return inputs.get("token_ids") if isinstance(inputs, dict) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """A run whose tensors are read in the model's own basis, if that is asked for."""
+
+    one: ModeRun
+    unrotate: bool
+
+    def samples(self, name: str) -> dict[tuple[int, int, int], TensorRecord]:
+        """The records of a tensor that have values, by step, microbatch and call."""
+        found = self.one.run.records(["re:" + re.escape(name)])
+        return {(r.at.step, r.at.microbatch, r.at.call): r for r in found if r.values == "full"}
+
+    def read(self, record: TensorRecord) -> torch.Tensor:
+        """The values of a record."""
+        tensor = self.one.run.piece(record)
+        if not (self.unrotate and self.one.basis == "rotated"):
+            return tensor
+        back = modes.family(self.one.family).unrotate
+        if back is None or _RESIDUAL.fullmatch(str(record.name)) is None:
+            raise RunError(f"{record.name} of {self.one.name} cannot be un-rotated.")
+        return back(tensor)
+
+
+def compare(ref: ModeRun, other: ModeRun, progress: Progress, *, unrotate: bool) -> Comparison:
+    """All tensors of `other` against those of `ref`, judged by the preset `classic`."""
+    from tensortap_analysis.comparison import Comparison, RunComparison, judged_again
+    from tensortap_analysis.facts import facts_of
+    from tensortap_analysis.pairing import Unpaired
+
+    apart = unrotate and ref.basis != other.basis
+    sides = Side(ref, apart), Side(other, apart)
+    names = _in_order(ref)
+    mine, theirs = set(names), set(_in_order(other))
+    pairs, unpaired = [], []
+    for order, name in enumerate(names):
+        progress(f"{other.name} and {ref.name}: {name}")
+        found = _pair(name, order, *sides) if name in theirs else "it was not captured"
+        if isinstance(found, str):
+            unpaired.append(Unpaired(name, "both" if name in theirs else "ref", found))
+        else:
+            pairs.append(found)
+    unpaired += [Unpaired(name, "run", "it was not captured") for name in theirs - mine]
+    facts = [facts_of(one.run, str(one.run.path)) for one in (ref, other)]
+    run = RunComparison(facts[1], tuple(pairs), tuple(unpaired), ())
+    return judged_again(Comparison(facts[0], (run,), None, "classic"), {})
+
+
+def _in_order(one: ModeRun) -> list[str]:
+    """Names in the order of execution of the first sample."""
+    return list(dict.fromkeys(str(record.name) for record in one.run.records()))
+
+
+def _pair(name: str, order: int, ref: Side, other: Side) -> Pair | str:
+    """Both tensors, their samples one after the other; or why they cannot be compared."""
+    from tensortap_analysis.metrics import measure
+    from tensortap_analysis.moments import Moment
+    from tensortap_analysis.pairs import Half, Pair
+
+    mine, theirs = ref.samples(name), other.samples(name)
+    if mine.keys() != theirs.keys() or not mine:
+        return f"{len(mine)} and {len(theirs)} samples of it were captured with their values"
+    both = [(mine[key], theirs[key]) for key in mine]
+    for a, b in both:
+        if a.shape != b.shape:
+            return f"its shapes differ: {list(a.shape)} and {list(b.shape)}"
+
+    def blocks() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for a, b in both:
+            yield ref.read(a), other.read(b)
+
+    shape = pooled([a.shape for a, _ in both])
+    one, two = (Half(shape, record.dtype, record.dims) for record in both[0])
+    note = f"{len(both)} samples together" if len(both) > 1 else None
+    return Pair(Moment(name), order, "values", one, two, measure(blocks, shape=shape), note=note)
+
+
+def pooled(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """The shape of several tensors one after the other: tokens of all samples in one axis."""
+    if len(shapes) == 1:
+        return shapes[0]
+    last = shapes[0][-1] if shapes[0] else 1
+    return sum(torch.Size(shape).numel() for shape in shapes) // max(last, 1), last
