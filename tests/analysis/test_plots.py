@@ -25,7 +25,7 @@ from tensortap_analysis.plots.samples import Sample, sample, sheet
 from tensortap_analysis.plots.selecting import at_moments, latest
 from tensortap_analysis.plots.style import LOOK
 from tensortap_analysis.plots.survey import survey, worst
-from tensortap_analysis.plots.words import family_of, kind_of, layer_of
+from tensortap_analysis.words import family_of, kind_of, layer_of
 
 FOLDERS = {
     "attention_maps", "comparisons", "distributions", "gradients", "heatmaps", "layers",
@@ -257,8 +257,8 @@ def test_a_sample_is_evenly_strided_over_boxes_and_says_so(tmp_path, monkeypatch
     numbers = torch.arange(1000.0).view(10, 10, 10)
     with open_run(write_run(tmp_path / "run", {"a/forward/output": numbers})) as run:
         [tensor] = at_moments(run, latest(survey(run))).values()
-        shown = sample(run, tensor, 150)
-        image = sheet(tensor.open(run), rows=30, columns=4)
+        shown = sample(tensor, 150)
+        image = sheet(tensor.open(), rows=30, columns=4)
     assert shown.values.tolist() == list(range(0, 1000, 7))
     assert shown.note == "143 of 1,000 values: every 7th"
     assert image.values.shape == (25, 4)

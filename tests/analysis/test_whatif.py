@@ -18,7 +18,7 @@ from tensortap.errors import ConfigError
 from tensortap.names import TensorName
 from tensortap.records import Coordinates, Placement, RunInfo, TensorRecord
 from tensortap.stats import statistics
-from tensortap_analysis.captured import boxes
+from tensortap_analysis.boxes import boxes
 from tensortap_analysis.whatif import expected, what_if
 from tensortap_analysis.whatif.estimate import estimate
 from tensortap_analysis.whatif.rounding import Values, codec_of, tally

@@ -11,7 +11,9 @@ import torch
 from tests.core.models import Mlp
 
 import tensortap
+from tensortap import Part, Placement
 from tensortap.cli import main
+from tensortap.names import TensorName
 from tensortap.testing import example_record
 
 
@@ -79,6 +81,29 @@ def test_show_as_json(cli, run):
     assert code == 0
     assert shown["complete"]
     assert [tensor["step"] for tensor in shown["tensors"]] == [0, 1]
+
+
+def test_the_name_of_a_part_shows_and_exports_the_tensor_it_is_cut_from(cli, tmp_path):
+    whole = torch.randn(2, 24)
+    parts = tuple(Part(f"layers.0.attn.{w}", 1, ((8 * n, 8),)) for n, w in enumerate("qkv"))
+    name = TensorName("layers.0.attn.qkv", "forward", "output")
+    record = replace(example_record(0, whole), name=name, placement=Placement((2, 24), parts=parts))
+    sink = tensortap.RunDirectorySink(tmp_path / "run")
+    sink.open(tensortap.RunInfo("launch", ""))
+    sink.write(record, whole)
+    sink.close()
+    code, out, _ = cli("show", tmp_path / "run", "--select", "layers.0.attn.q/*")
+    assert code == 0
+    assert f"layers.0.attn.q/forward/output is a part of {name}" in out
+    assert "layers.0.attn.k" not in out
+    shown = json.loads(cli("show", tmp_path / "run", "--select", "*.attn.v/*", "--json")[1])
+    assert shown["parts"] == {"layers.0.attn.v/forward/output": str(name)}
+    assert [tensor["name"] for tensor in shown["tensors"]] == [str(name)]
+    assert "is a part of" not in cli("show", tmp_path / "run")[1]
+    assert (
+        cli("export", tmp_path / "run", "--select", "*.attn.q/*", "--out", tmp_path / "pt")[0] == 0
+    )
+    assert len(list((tmp_path / "pt").glob("*.pt"))) == 1
 
 
 def test_coverage_exits_with_one_on_a_gap_only(cli, run, tmp_path):

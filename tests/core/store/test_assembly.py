@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.core.store.building import info, record, write_ranks, write_run
 
-from tensortap.errors import RunError
+from tensortap.errors import RunError, SelectionError
 from tensortap.records import Part, Placement
 from tensortap.store import open_run
 from tensortap.store.assembly import assemble
@@ -322,6 +322,26 @@ class TestThroughARun:
                 assert alone.equal(expected[:, [0, 2]].reshape(2, -1))
             with pytest.raises(RunError, match=r"layers\.0\.attn\.q/forward/output"):
                 run.tensor("layers.0.attn.p/forward/output")
+
+    def test_the_name_of_a_part_selects_the_records_of_its_fused_tensor(self, tmp_path):
+        whole = torch.randn(2, 24)
+        parts = tuple(Part(f"layers.0.attn.{w}", 1, ((8 * n, 8),)) for n, w in enumerate("qkv"))
+        fused = record(NAME, whole, placement=Placement((2, 24), parts=parts))
+        other = record("layers.0.mlp.up/forward/output", whole, 1)
+        write_run(tmp_path / "run", [(fused, whole), (other, whole)])
+
+        def selected(select):
+            names = [str(found.name) for found in run.records(select)]
+            assert list(run.table(select).column("name")) == names
+            return names
+
+        with open_run(tmp_path / "run") as run:
+            assert selected("layers.0.attn.q/*") == [NAME]
+            assert selected("*.attn.k/forward/output,*.up/*") == [NAME, str(other.name)]
+            assert selected("*.attn.*") == [NAME]
+            assert selected(f"*,!{NAME}") == [str(other.name)]
+            with pytest.raises(SelectionError, match=r"layers\.0\.attn\.q"):
+                run.records("layers.0.attn.p/*")
 
     def test_padding_is_cut_on_request(self, tmp_path, whole):
         halves = []

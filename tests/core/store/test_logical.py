@@ -12,6 +12,7 @@ import tensortap
 from tensortap import Part, Placement, RunDirectorySink, RunInfo
 from tensortap.errors import RunError
 from tensortap.names import TensorName
+from tensortap.store.query import Which
 from tensortap.testing import example_record
 
 NAME = "layers.0.mlp.down/forward/output"
@@ -37,7 +38,7 @@ def boxes(shape):
 
 
 def require_boxes(run, name=NAME, **chosen):
-    whole, logical = run.tensor(name, **chosen), run.logical(name, **chosen)
+    whole, logical = run.tensor(name, **chosen), run.logical(name, Which(**chosen))
     assert logical.shape == tuple(whole.shape)
     for box in boxes(whole.shape):
         assert torch.equal(logical.read(box), whole[tuple(slice(*edges) for edges in box)]), box
@@ -71,7 +72,7 @@ def test_parts_of_a_fused_tensor_and_padding(tmp_path):
     require_boxes(run, part)
     require_boxes(run, part, padded=False)
     require_boxes(run, padded=False)
-    assert run.logical(part, padded=False).shape == (5, 5)
+    assert run.logical(part, Which(padded=False)).shape == (5, 5)
 
 
 def test_sums_over_ranks_and_replicas(tmp_path):

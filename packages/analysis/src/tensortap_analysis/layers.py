@@ -16,7 +16,7 @@ from tensortap_analysis.examining import BLOCK, blocks
 from tensortap_analysis.moments import Catalogue, Moment
 from tensortap_analysis.pairing import Match
 from tensortap_analysis.pairs import Pair
-from tensortap_analysis.rounding import layer_of
+from tensortap_analysis.words import layer_of
 
 JUMP = 10.0
 """The largest |L_i - L_(i-1)| that is not called a jump, and the largest |mean| that is normal."""

@@ -1,17 +1,25 @@
-"""`Moment`: which tensor, and when; what tensors of two runs are paired by."""
+"""The tensors of a run, one for each moment: what is drawn, judged, and paired with another run.
+
+A `Moment` says which tensor and when, whoever holds its pieces; `Captured` is what a run has of
+it. `captured` goes through a run, `catalogue` lists it.
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 
+import numpy as np
+
+from tensortap.errors import RunError
 from tensortap.records import TensorRecord, Values
 from tensortap.selection import Selection
-from tensortap.store import Run
+from tensortap.store import Run, Table
 from tensortap.store.logical import LogicalTensor
 from tensortap.store.lookup import dp_rank_of
+from tensortap.store.query import Which
 from tensortap.store.rows import EVAL, PAYLOAD, RECOMPUTE, SAMPLE
+from tensortap_analysis.execution import in_order
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +59,55 @@ class Moment:
         return replace(self, dp_rank=dp_rank)
 
 
-@dataclass(slots=True)
-class Sighting:
-    """What a run has of one moment: where it stands in execution order, and in how much detail."""
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """What a run has of one moment; read from its index, until records or values are asked for.
 
+    `order` is its place in execution order, `values` what all of its pieces have, `lines` a rank
+    and a line for each record. `part` names the part that is meant of a fused tensor.
+    """
+
+    run: Run
+    moment: Moment
     order: int
     values: Values
-    ranks: set[int]
+    lines: tuple[tuple[int, int], ...]
+    part: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The tensor's name, or that of the part."""
+        return self.part or self.moment.name
+
+    def as_part(self, name: str) -> Captured:
+        """The part of this name, or the tensor itself if it is its own."""
+        return replace(self, part=None if name == self.moment.name else name)
+
+    def records(self) -> list[TensorRecord]:
+        """One a rank, of the fused tensor where this is a part; raises `RunError` without any.
+
+        Those whose lines are damaged are left out.
+        """
+        found = list(self._read())
+        if not found:
+            raise RunError(f"{self.name} in {self.run.path}: its line is damaged.")
+        return found
+
+    def first(self) -> TensorRecord:
+        """The first of `records`, for what they have in common: dtype, axes, format, stride."""
+        found = next(self._read(), None)
+        return found or self.records()[0]
+
+    def _read(self) -> Iterator[TensorRecord]:
+        for rank, line in self.lines:
+            record = self.run.record_at(rank, line)
+            if record is not None:
+                yield record
+
+    def open(self, *, padded: bool = False) -> LogicalTensor:
+        """The tensor, mapped but not read; raises `RunError`."""
+        which = Which(dp_rank=self.moment.dp_rank, padded=padded)
+        return self.run.logical_of(self.records(), which, part=self.part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +119,7 @@ class Catalogue:
     """
 
     run: Run
-    moments: dict[Moment, Sighting]
+    moments: dict[Moment, Captured]
     parts: dict[str, list[str]]
     whole: frozenset[str]
 
@@ -81,31 +131,18 @@ class Catalogue:
 
     def records(self, moment: Moment) -> list[TensorRecord]:
         """Its records, one a rank; of a gradient the last, which is the sum of all before it."""
-        own = _phase(moment.name) != "grad"
-        found = self.run.records(
-            ["re:" + re.escape(moment.name)],
-            step=moment.step,
-            recompute=moment.recompute,
-            eval=moment.eval,
-            microbatch=moment.microbatch if own else None,
-            call=moment.call if own else None,
-        )
-        ranks = self.moments[moment].ranks
-        return list({r.at.rank: r for r in found if r.at.rank in ranks}.values())
+        return self.moments[moment].records()
 
     def tensor(self, moment: Moment, name: str, *, padded: bool = False) -> LogicalTensor:
         """The tensor `name` of this moment, which may be a part of what was captured."""
-        own = _phase(name) != "grad"
-        return self.run.logical(
-            name,
-            step=moment.step,
-            recompute=moment.recompute,
-            eval=moment.eval,
-            dp_rank=moment.dp_rank,
-            padded=padded,
-            microbatch=moment.microbatch if own else None,
-            call=moment.call if own else None,
-        )
+        return self.moments[moment].as_part(name).open(padded=padded)
+
+    def tensors(self) -> Iterator[Captured]:
+        """All that is selected: a fused tensor where it is itself, else its selected parts."""
+        for found in self.moments.values():
+            name = found.moment.name
+            for wanted in [name] if name in self.whole else self.parts[name]:
+                yield found.as_part(wanted)
 
 
 def catalogue(run: Run, select: str | Iterable[str] = "*", *, step: int | None = None) -> Catalogue:
@@ -119,37 +156,79 @@ def catalogue(run: Run, select: str | Iterable[str] = "*", *, step: int | None =
         if selection.matches(part):
             parts.setdefault(fused, []).append(part)
     whole = frozenset(filter(selection.matches, run.names()))
-    return Catalogue(run, _sightings(run, whole | set(parts), step), parts, whole)
+    return Catalogue(run, moments_of(run, whole | set(parts), step), parts, whole)
 
 
-def _sightings(run: Run, wanted: frozenset[str], step: int | None) -> dict[Moment, Sighting]:
-    table = run.table(step=step)
-    places = {rank: dp_rank_of(run.info_of(rank)) for rank in run.ranks}
-    spread = len(set(places.values())) > 1
-    fields = ("name", "rank", "flags", "step", "microbatch", "call")
-    rows = zip(*(table.rows[field].tolist() for field in fields), strict=True)
-    found: dict[Moment, Sighting] = {}
-    for order, (number, rank, flags, at, microbatch, call) in enumerate(rows):
-        name = table.names[number]
-        if name not in wanted:
-            continue
-        phase = _phase(name)
+def captured(
+    run: Run, select: str | Iterable[str] = "*", *, step: int | None = None
+) -> Iterator[Captured]:
+    """The `tensors` of the run's catalogue, listed step by step, so that a long run needs no more.
+
+    Raises `SelectionError` when nothing is selected.
+    """
+    for number in run.steps if step is None else (step,):
+        listed = catalogue(run, select, step=number)
+        listed.require_something(select)
+        yield from listed.tensors()
+
+
+@dataclass(slots=True)
+class _Seen:
+    """The rows of one moment as they come."""
+
+    order: int
+    values: Values
+    lines: list[tuple[int, int]] = field(default_factory=list)
+
+
+def moments_of(run: Run, names: Collection[str], step: int | None) -> dict[Moment, Captured]:
+    """What a run has of these captured names, in execution order; read from its index."""
+    infos = {rank: run.info_of(rank) for rank in run.ranks}
+    table = in_order(run.table(step=step), infos)
+    places = {rank: dp_rank_of(info) for rank, info in infos.items()}
+    if len(set(places.values())) == 1:
+        places = {}
+    seen: dict[Moment, _Seen] = {}
+    for order, (moment, values, line) in enumerate(_rows(table, names, places)):
+        known = seen.setdefault(moment, _Seen(order, values))
+        if moment.name.split("/")[1] == "grad":  # the last sum of a rank counts
+            known.lines = [other for other in known.lines if other[0] != line[0]]
+        known.values = min(known.values, values, key=_DETAIL.index)
+        known.lines.append(line)
+    return {
+        moment: Captured(run, moment, found.order, found.values, tuple(found.lines))
+        for moment, found in seen.items()
+    }
+
+
+_DETAIL: tuple[Values, ...] = ("stats", "sample", "full")
+
+
+def _rows(
+    table: Table, wanted: Collection[str], places: dict[int, int]
+) -> Iterator[tuple[Moment, Values, tuple[int, int]]]:
+    """Moment, values, and (rank, line) of every row of a wanted name."""
+    phases = [name.split("/")[1] for name in table.names]
+    listed = np.array([name in wanted for name in table.names], dtype=bool)
+    rows = table.rows[listed[table.rows["name"]]]
+    fields = ("name", "rank", "flags", "step", "microbatch", "call", "line")
+    columns = (rows[field].tolist() for field in fields)
+    for number, rank, flags, step, microbatch, call, line in zip(*columns, strict=True):
+        phase = phases[number]
         once = phase == "grad"
-        apart = spread and phase not in ("param", "grad")
         moment = Moment(
-            name, at, 0 if once else microbatch, 0 if once else call,
-            bool(flags & RECOMPUTE), bool(flags & EVAL), places[rank] if apart else None,
-        )  # fmt: skip
-        seen = found.setdefault(moment, Sighting(order, _values(flags), set()))
-        seen.ranks.add(rank)
-    return found
+            table.names[number],
+            step,
+            0 if once else microbatch,
+            0 if once else call,
+            bool(flags & RECOMPUTE),
+            bool(flags & EVAL),
+            None if phase in ("param", "grad") else places.get(rank),
+        )
+        yield moment, _values(flags), (rank, line)
 
 
 def _values(flags: int) -> Values:
     if not flags & PAYLOAD:
         return "stats"
     return "sample" if flags & SAMPLE else "full"
-
-
-def _phase(name: str) -> str:
-    return name.split("/")[1]

@@ -12,12 +12,12 @@ factor was fitted to one Llama in two frameworks and over two processes.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Iterator
 
 import torch
 
 from tensortap_analysis.pairs import Pair
+from tensortap_analysis.words import layer_of
 
 _ONE = 0.21
 """Relative RMS error of one rounding, in units of eps."""
@@ -25,13 +25,6 @@ _SUMMED = 4.0
 """How much more the sums of a dtype lose that are accumulated in itself."""
 _PER_LAYER = 128
 """Roundings that a layer is taken to make one after the other."""
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)(?=\.|$)")
-
-
-def layer_of(module: str) -> int | None:
-    """The layer's number in a module path: 3 for `layers.3.attn.q`."""
-    found = _LAYER.search(module)
-    return int(found.group(1)) if found else None
 
 
 def expected(pairs: Iterable[Pair]) -> Iterator[float]:

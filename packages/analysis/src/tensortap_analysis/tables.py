@@ -17,7 +17,7 @@ from rich.table import Table
 from tensortap.errors import ConfigError, nearest
 from tensortap_analysis.pairs import Pair
 from tensortap_analysis.presets import Judgement
-from tensortap_analysis.rounding import layer_of
+from tensortap_analysis.words import layer_of
 
 if TYPE_CHECKING:
     from tensortap_analysis.comparison import Comparison, RunComparison

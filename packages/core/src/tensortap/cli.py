@@ -72,11 +72,11 @@ def show(
     limit: Annotated[int, typer.Option(min=0, help="Rows to print; 0 prints all.")] = 100,
     as_json: AsJson = False,
 ) -> None:
-    """Print the tensors of a run with their statistics, in execution order."""
+    """Print the tensors of a run with their statistics, in execution order.
+
+    The name of a part (`layers.0.attn.q` of a fused `layers.0.attn.qkv`) shows the fused tensor.
+    """
     with open_run(run) as opened:
-        wanted = Selection.parse(select)
-        if not any(wanted.matches(name) for name in opened.names()):
-            raise wanted.nothing_in(opened.names(), str(run))
         records = opened.records(select, step=step, rank=rank)
         shown = list(islice(records, limit or None))
         if not shown:
@@ -84,14 +84,28 @@ def show(
                 f"{run} has no such record at step {step}; its steps are {opened.steps}."
             )
         more = sum(1 for _ in records)
+        parts = _selected_parts(opened, select)
         if as_json:
             tensors = [encode_record(record) for record in shown]
-            _print_json(_summary(opened) | {"tensors": tensors, "not_shown": more})
+            found = {"tensors": tensors, "not_shown": more, "parts": parts}
+            _print_json(_summary(opened) | found)
             return
         _print_summary(opened)
         print_whole(record_table(shown), _out)
+        for part, fused in islice(parts.items(), limit or None):
+            _out.print(f"{part} is a part of {fused}", highlight=False, markup=False)
         if more:
             _out.print(f"… and {more:,} more: narrow --select or --step, or raise --limit.")
+
+
+def _selected_parts(run: Run, select: str) -> dict[str, str]:
+    """Parts that are selected while the tensors they are cut from are not, and those tensors."""
+    wanted = Selection.parse(select)
+    return {
+        part: fused
+        for part, fused in run.part_sources().items()
+        if wanted.matches(part) and not wanted.matches(fused) and not wanted.excludes(fused)
+    }
 
 
 def _summary(run: Run) -> dict[str, Any]:

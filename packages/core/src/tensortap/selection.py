@@ -122,9 +122,13 @@ class Selection:
 
     def matches(self, name: str) -> bool:
         """Is this name (`module/phase/tensor`) selected?"""
-        if any(pattern.matches(name) for pattern in self._exclude):
+        if self.excludes(name):
             return False
         return not self._include or any(pattern.matches(name) for pattern in self._include)
+
+    def excludes(self, name: str) -> bool:
+        """Does an excluding pattern match this name?"""
+        return any(pattern.matches(name) for pattern in self._exclude)
 
     def matches_module(self, module: str) -> bool:
         """Is this module selected as a whole, by its name without phase and tensor?"""

@@ -15,8 +15,7 @@ from matplotlib.colors import PowerNorm
 
 from tensortap.errors import RunError
 from tensortap.store import Run
-from tensortap.store.logical import LogicalTensor
-from tensortap_analysis.captured import Captured
+from tensortap_analysis.moments import Captured
 from tensortap_analysis.plots.style import figure, save
 
 HEADS, TOKENS = 16, 256
@@ -77,15 +76,15 @@ def modules(names: Iterator[str]) -> list[str]:
 def maps(run: Run, module: str, held: Mapping[str, Captured], *, causal: bool) -> Maps | None:
     """What was captured of a module's attention; `None` where only statistics were."""
     probs = held.get(f"{module}/forward/probs")
-    if probs is not None and probs.whole:
-        whole = _first(probs.open(run), probs, ("head", "seq", "key"))
-        return Maps(whole, f"captured at {probs.moment}")
+    if probs is not None and probs.values == "full":
+        whole = _first(probs, ("head", "seq", "key"))
+        return Maps(whole, f"captured at {probs.moment.when}")
     query, key = (held.get(f"{module}/forward/{word}") for word in ("query", "key"))
-    if query is None or key is None or not (query.whole and key.whole):
+    if query is None or key is None or not (query.values == key.values == "full"):
         return None
     return recomputed(
-        _first(query.open(run), query, ("head", "seq", "dim")),
-        _first(key.open(run), key, ("head", "seq", "dim")),
+        _first(query, ("head", "seq", "dim")),
+        _first(key, ("head", "seq", "dim")),
         run.info.model_config,
         causal=causal,
     )
@@ -127,9 +126,10 @@ def _scale(config: Mapping[str, Any], dim: int) -> tuple[float, str]:
     return dim**-0.5, f"1/sqrt({dim})"
 
 
-def _first(logical: LogicalTensor, tensor: Captured, order: tuple[str, ...]) -> torch.Tensor:
+def _first(tensor: Captured, order: tuple[str, ...]) -> torch.Tensor:
     """The first sequence in float32, its axes in this order."""
-    words = _AXES.findall(tensor.records[0].dims or f"batch {' '.join(order)}")
+    logical = tensor.open()
+    words = _AXES.findall(logical.dims or f"batch {' '.join(order)}")
     if sorted(words) != sorted(("batch", *order)) or len(words) != len(logical.shape):
         raise RunError(f"{tensor.name}: its axes {' '.join(words)!r} are not those of attention.")
     batch = words.index("batch")

@@ -27,9 +27,9 @@ from tensortap_analysis.plots.style import (
     say,
     scale,
 )
-from tensortap_analysis.plots.words import family_of, layer_of
 from tensortap_analysis.whatif.rounding import Values as Rounded
 from tensortap_analysis.whatif.rounding import codec_of, tally
+from tensortap_analysis.words import family_of, layer_of
 
 FORMATS = ("hifp8", "mxfp8", "mxfp4", "nvfp4", "int8")
 _LINES = 8

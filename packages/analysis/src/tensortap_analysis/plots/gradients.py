@@ -29,7 +29,7 @@ from tensortap_analysis.plots.style import (
     say,
 )
 from tensortap_analysis.plots.survey import Survey
-from tensortap_analysis.plots.words import family_of, layer_of
+from tensortap_analysis.words import family_of, layer_of
 
 FACTOR = 100.0
 """How far from its family's median a gradient vanishes or explodes."""

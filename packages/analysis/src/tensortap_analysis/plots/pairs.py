@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from tensortap.errors import RunError
-from tensortap.store import Run
 from tensortap_analysis.alignment import align
-from tensortap_analysis.captured import Captured
+from tensortap_analysis.moments import Captured
 from tensortap_analysis.plots.samples import numbers, ordinal
 from tensortap_analysis.plots.style import Floats
 
@@ -50,12 +49,12 @@ class Pair:
         return f"{self.ref.size:,} of {self.count:,} values: every {ordinal(self.every)}"
 
 
-def pair(ref: tuple[Run, Captured], run: tuple[Run, Captured], limit: int) -> Pair:
+def pair(ref: Captured, run: Captured, limit: int) -> Pair:
     """At most about `limit` values; raises `RunError` where the two do not line up."""
-    one, two = ref[1].open(ref[0]), run[1].open(run[0])
+    one, two = ref.open(), run.open()
     aligned = align(one.shape, one.dims, two.shape, two.dims)
     if isinstance(aligned, str):
-        raise RunError(f"{ref[1].name}: {aligned}.")
+        raise RunError(f"{ref.name}: {aligned}.")
     count = math.prod(one.shape)
     every = max(1, -(-count // limit))
     found: list[tuple[Floats, Floats]] = []
@@ -67,4 +66,4 @@ def pair(ref: tuple[Run, Captured], run: tuple[Run, Captured], limit: int) -> Pa
         found.append((mine[picked].double().numpy(), theirs[picked].double().numpy()))
         at += mine.numel()
     left, right = (np.concatenate([part[at] for part in found] or [np.empty(0)]) for at in (0, 1))
-    return Pair(left, right, count, every, (ref[0].path.name, run[0].path.name))
+    return Pair(left, right, count, every, (ref.run.path.name, run.run.path.name))

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from tensortap.errors import NotSupported
-from tensortap.store import Run
 from tensortap.store.logical import LogicalTensor
-from tensortap_analysis.captured import Captured, boxes
+from tensortap_analysis.boxes import boxes
+from tensortap_analysis.moments import Captured
 from tensortap_analysis.plots.style import Floats
 
 _BOX = 1 << 22
@@ -60,11 +60,11 @@ class Sheet:
         return "; ".join(part for part in (rows, columns) if part) or "all values"
 
 
-def sample(run: Run, tensor: Captured, limit: int) -> Sample:
+def sample(tensor: Captured, limit: int) -> Sample:
     """At most about `limit` values, evenly strided; raises `RunError` or `NotSupported`."""
-    if not tensor.whole and tensor.records[0].values == "sample":
-        return _of_sample(run, tensor, limit)
-    logical = tensor.open(run)
+    if tensor.values == "sample":
+        return _of_sample(tensor, limit)
+    logical = tensor.open()
     count = math.prod(logical.shape)
     every = max(1, -(-count // limit))
     found, at = [], 0
@@ -75,10 +75,12 @@ def sample(run: Run, tensor: Captured, limit: int) -> Sample:
     return Sample(np.concatenate(found) if found else np.empty(0), count, every)
 
 
-def _of_sample(run: Run, tensor: Captured, limit: int) -> Sample:
-    """Of the first rank's piece, whose stored sample is strided once more."""
-    record = tensor.records[0]
-    stored = numbers(run.sample(record)).reshape(-1)
+def _of_sample(tensor: Captured, limit: int) -> Sample:
+    """Of the first sampled piece, whose stored sample is strided once more."""
+    if tensor.part is not None:
+        raise NotSupported("a sample of a fused tensor does not tell its parts")
+    record = next(record for record in tensor.records() if record.values == "sample")
+    stored = numbers(tensor.run.sample(record)).reshape(-1)
     more = max(1, -(-stored.numel() // limit))
     return Sample(_wide(stored[::more]), math.prod(record.shape), record.stride * more)
 

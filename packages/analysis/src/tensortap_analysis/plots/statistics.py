@@ -12,7 +12,7 @@ from tensortap.names import PHASES
 from tensortap_analysis.plots.grids import ROWS, Grid, by_depth, paint
 from tensortap_analysis.plots.style import COLOURS, Floats, few_ticks, figure, save
 from tensortap_analysis.plots.survey import Survey
-from tensortap_analysis.plots.words import family_of, layer_of
+from tensortap_analysis.words import family_of, layer_of
 
 _PANELS = (("mean", True), ("std", False), ("absmax", False), ("outliers", False))
 _TITLES = {"outliers": "max |x - mean| / std"}

@@ -12,7 +12,7 @@ from tensortap.names import TensorName
 from tensortap.store import Run
 from tensortap_analysis.plots.style import Floats
 from tensortap_analysis.plots.survey import Survey
-from tensortap_analysis.plots.words import kind_of
+from tensortap_analysis.words import kind_of
 
 Shares = Mapping[str, Counter[str]]
 

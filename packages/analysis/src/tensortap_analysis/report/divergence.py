@@ -10,7 +10,6 @@ import plotly.graph_objects as go
 from tensortap.tables import grouped
 from tensortap_analysis.comparison import Comparison, RunComparison
 from tensortap_analysis.pairs import Pair
-from tensortap_analysis.plots.words import layer_of
 from tensortap_analysis.presets import Judgement
 from tensortap_analysis.report.figures import (
     COLOURS,
@@ -25,6 +24,7 @@ from tensortap_analysis.report.figures import (
 )
 from tensortap_analysis.report.grids import grid
 from tensortap_analysis.report.markup import Html, join, listing, tag
+from tensortap_analysis.words import layer_of
 
 _POINTS = 2000
 _GRIDS = 4

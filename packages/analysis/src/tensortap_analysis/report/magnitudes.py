@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 import plotly.graph_objects as go
 
-from tensortap_analysis.plots.words import layer_of
 from tensortap_analysis.report.figures import (
     COLOURS,
     Chart,
@@ -22,6 +21,7 @@ from tensortap_analysis.report.figures import (
 from tensortap_analysis.report.grids import grid
 from tensortap_analysis.report.markup import Html, join
 from tensortap_analysis.report.views import View
+from tensortap_analysis.words import layer_of
 
 _PHASES = {"forward": "solid", "backward": "dash", "grad": "dot", "param": "dashdot"}
 _RUNS = 6

@@ -17,7 +17,8 @@ from tensortap.records import Statistics, TensorRecord
 from tensortap.stats import statistics
 from tensortap.store import Run, open_run
 from tensortap.store.logical import LogicalTensor
-from tensortap_analysis.captured import Captured, boxes, captured
+from tensortap_analysis.boxes import boxes
+from tensortap_analysis.moments import Captured, captured
 from tensortap_analysis.whatif.estimate import estimate
 from tensortap_analysis.whatif.rounding import Tally, Values, codec_of, scaled_as_a_whole, tally
 
@@ -87,7 +88,7 @@ def what_if(
     with nullcontext(run) if isinstance(run, Run) else open_run(run) as opened:
         survey = _Survey(codecs)
         for done, tensor in enumerate(captured(opened, select, step=step), start=1):
-            survey.add(opened, tensor)
+            survey.add(tensor)
             progress(done)
         return survey.result()
 
@@ -101,10 +102,10 @@ class _Survey:
         self._moments: dict[tuple[str, Basis], int] = {}
         self._skipped: dict[str, str] = {}
 
-    def add(self, run: Run, tensor: Captured) -> None:
+    def add(self, tensor: Captured) -> None:
         """Count one tensor at one moment, or note why it cannot be."""
         try:
-            basis, found = _judge(run, tensor, self._codecs)
+            basis, found = _judge(tensor, self._codecs)
         except RunCorrupt:
             raise
         except (RunError, NotSupported) as failure:
@@ -140,18 +141,18 @@ def _row(key: tuple[str, Basis], name: str, sums: Tally, moments: int) -> Expect
     )
 
 
-def _judge(
-    run: Run, tensor: Captured, codecs: Mapping[str, Codec]
-) -> tuple[Basis, dict[str, Tally]]:
-    record = tensor.records[0]
+def _judge(tensor: Captured, codecs: Mapping[str, Codec]) -> tuple[Basis, dict[str, Tally]]:
+    record = tensor.first()
     dtype = getattr(torch, record.dtype, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or "x2" in record.dtype:
         raise NotSupported(f"{record.dtype} is not rounded to a format")
-    if tensor.whole:
-        return "values", _from_values(tensor.open(run), record, codecs)
+    if tensor.values == "full":
+        return "values", _from_values(tensor.open(), record, codecs)
+    if tensor.part is not None:
+        raise NotSupported("only the whole of a fused tensor has statistics; capture its values")
     sums = {name: Tally() for name in codecs}
-    for piece in tensor.records:
-        stats = _with_exponents(run, piece)
+    for piece in tensor.records():
+        stats = _with_exponents(tensor.run, piece)
         for name, codec in codecs.items():
             sums[name].add(estimate(codec, stats, dtype))
     return "exponents", sums

@@ -68,6 +68,22 @@ def rank_directories(run: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+def require_run(path: Path) -> dict[int, Path]:
+    """The rank directories of a run; raises `RunError` when `path` is none."""
+    try:
+        directories = rank_directories(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise RunError(f"There is no run at {path}.") from None
+    except OSError as failure:
+        raise RunError(f"{path} cannot be read: {failure.strerror}.") from failure
+    if not directories:
+        raise RunError(
+            f"{path} is not a run: no rank has a directory in it. If another tool, or "
+            "`tensortap export`, wrote it, `tensortap import` makes a run of it."
+        )
+    return directories
+
+
 def open_regular(path: Path, flags: int = READ_SAFELY) -> int:
     """Open a regular file of a run, not through a link; the caller closes the descriptor.
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 
-from tensortap.errors import RunError
+from tensortap.errors import RunError, nearest
 from tensortap.records import Coordinates, Part, Placement, RunInfo, TensorRecord
 from tensortap.store.logical import LogicalTensor
 from tensortap.store.pieces import Piece
-from tensortap.store.query import Query
-from tensortap.store.rank_reader import RankReader
-from tensortap.store.rows import PARTS
+from tensortap.store.query import Query, Which
+from tensortap.store.ranks import Ranks, parts_of
 
 Info = Callable[[int], RunInfo]
 Loaded = tuple[TensorRecord, torch.Tensor, RunInfo]
@@ -27,12 +25,13 @@ class Found:
     records: tuple[TensorRecord, ...]
     part: str | None = None
 
-    def choose(self, dp_rank: int | None, info: Info, *, alone: bool) -> list[TensorRecord]:
+    def choose(self, which: Which, info: Info) -> list[TensorRecord]:
         """One record a rank, all at the same coordinates; raises `RunError` with the choices."""
         self._require_one_moment()
         self._require_values()
-        if alone:
+        if which.rank is not None:
             return list(self.records)
+        dp_rank = which.dp_rank
         places = {record.at.rank: dp_rank_of(info(record.at.rank)) for record in self.records}
         if dp_rank is not None:
             if dp_rank not in places.values():
@@ -70,13 +69,10 @@ class Found:
         placements = [record.placement for record in self.records if record.placement]
         return any("dp" in placement.partial for placement in placements)
 
-    def logical(
-        self, loaded: list[Loaded], *, alone: bool, one_replica: bool, padded: bool
-    ) -> LogicalTensor:
-        """The logical tensor, or a single rank's piece as it is, cut to what was asked for.
-
-        `one_replica`: only one data-parallel rank was asked for, so nothing is summed over them.
-        """
+    def logical(self, loaded: list[Loaded], which: Which) -> LogicalTensor:
+        """The logical tensor, or a single rank's piece as it is, cut to what was asked for."""
+        # Where only one data-parallel rank is asked for, nothing is summed over them.
+        one_replica = which.dp_rank is not None
         pieces = [
             Piece(
                 record.at.rank,
@@ -87,7 +83,8 @@ class Found:
             for record, tensor, info in loaded
         ]
         records = [record for record, _, _ in loaded]
-        return LogicalTensor(records, pieces, self._part(), alone=alone, padded=padded)
+        alone = which.rank is not None
+        return LogicalTensor(records, pieces, self._part(), alone=alone, padded=which.padded)
 
     def _part(self) -> Part | None:
         if self.part is None:
@@ -96,53 +93,37 @@ class Found:
 
 
 class Lookup:
-    """Answers by name over some ranks; parses one line a fused name to learn its parts."""
+    """Answers by name: what was captured under it, or the fused tensor that it is part of."""
 
-    def __init__(self, readers: Mapping[int, RankReader]) -> None:
-        self._readers = readers
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
 
     def find(self, name: str, query: Query) -> Found:
         """Records of this name, or else those of the fused tensor that it is part of."""
         records = tuple(self._records(name, query))
         if records:
             return Found(_last_sums(records))
-        for part, (module, fused) in self._fused().items():
-            if part == name:
-                return Found(_last_sums(tuple(self._records(fused, query))), module)
-        return Found(())
+        part = self._ranks.parts().get(name)
+        if part is None:
+            return Found(())
+        return Found(_last_sums(tuple(self._records(part.fused, query))), part.module)
 
-    def coordinates(self, name: str) -> str:
-        """Where a name was captured, for a message; empty when nowhere."""
-        moments = {replace(r.at, rank=0) for r in self.find(name, Query()).records[:1000]}
-        return describe(moments) if moments else ""
+    def not_found(self, name: str, query: Query) -> RunError:
+        """The error for a name without such a record: where else it is, or what is called so."""
+        anywhere = Query(rank=query.rank)
+        moments = {replace(r.at, rank=0) for r in self.find(name, anywhere).records[:1000]}
+        if moments:
+            return RunError(f"not at these coordinates; it is at {describe(moments)}")
+        known = [*self._ranks.names(), *self._ranks.parts()]
+        return RunError(f"not captured. Closest names: {nearest(name, known)}")
 
-    def part_sources(self) -> dict[str, str]:
-        """Names that parts of fused tensors have, and whose parts they are."""
-        return {part: fused for part, (_, fused) in self._fused().items()}
-
-    def _records(self, name: str, query: Query) -> Iterable[TensorRecord]:
-        for reader in self._readers.values():
+    def _records(self, name: str, query: Query) -> Iterator[TensorRecord]:
+        for reader in self._ranks.chosen(query.rank).values():
             index = reader.index
             for position in query.positions(index, index.numbers.get(name, ())):
                 record = reader.record(int(position))
                 if record is not None:
                     yield record
-
-    def _fused(self) -> dict[str, tuple[str, str]]:
-        """Name of a part -> its module, and the name of the fused tensor it is cut from."""
-        found: dict[str, tuple[str, str]] = {}
-        for reader in self._readers.values():
-            rows = reader.index.rows
-            fused = np.flatnonzero(rows["flags"] & PARTS)
-            _, firsts = np.unique(rows["name"][fused], return_index=True)
-            for position in fused[firsts]:
-                record = reader.record(int(position))
-                if record is None:
-                    continue
-                for part in parts_of(record):
-                    name = f"{part.module}/{record.name.phase}/{record.name.tensor}"
-                    found.setdefault(name, (part.module, str(record.name)))
-        return found
 
 
 def _last_sums(records: tuple[TensorRecord, ...]) -> tuple[TensorRecord, ...]:
@@ -165,11 +146,6 @@ def _of_one_replica(placement: Placement | None) -> Placement | None:
     if placement is None or not set(placement.partial) & set(_REPLICAS):
         return placement
     return replace(placement, partial=tuple(g for g in placement.partial if g not in _REPLICAS))
-
-
-def parts_of(record: TensorRecord) -> tuple[Part, ...]:
-    """The parts of a fused tensor; none for any other."""
-    return record.placement.parts if record.placement is not None else ()
 
 
 def dp_rank_of(info: RunInfo) -> int:

@@ -1,30 +1,72 @@
-"""Finding records by name and coordinates on the index, before any line is parsed."""
+"""What is looked for: records by coordinates, on the index before any line is parsed; a tensor."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from tensortap.selection import Selection
+from tensortap.errors import ConfigError
+from tensortap.names import PHASES
 from tensortap.store.index import Index
 from tensortap.store.rows import BAD, EVAL, RECOMPUTE, Rows
 
 _FEW = 8  # names whose rows are looked up one by one instead of passing over all rows
 
 
-@dataclass(frozen=True, slots=True)
-class Query:
-    """What to look for; `None` does not restrict."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Which:
+    """Which tensor of a name is wanted, and how; the arguments of `Run.tensor`.
+
+    `rank` asks for that rank's piece alone, `dp_rank` chooses among data-parallel ranks (they saw
+    different data), `padded=False` cuts padding off, `verify` checks the digest of every piece.
+    """
 
     step: int | None = None
     microbatch: int | None = None
     call: int | None = None
+    recompute: bool = False
+    eval: bool = False
+    rank: int | None = None
+    dp_rank: int | None = None
+    padded: bool = True
+    verify: bool = True
+
+    @property
+    def query(self) -> Query:
+        """The records to look for."""
+        return Query(
+            step=self.step,
+            microbatch=self.microbatch,
+            call=self.call,
+            recompute=self.recompute,
+            eval=self.eval,
+            rank=self.rank,
+        )
+
+
+ANY = Which()
+"""The only tensor of its name, all of it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Query:
+    """Which records to look for; `None` does not restrict. Raises `ConfigError` for no phase."""
+
+    step: int | None = None
+    microbatch: int | None = None
+    call: int | None = None
+    rank: int | None = None
     phase: str | None = None
     recompute: bool | None = None
     eval: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.phase is not None and self.phase not in PHASES:
+            known = ", ".join(PHASES)
+            raise ConfigError(f"phase={self.phase!r} is not a phase; phases are {known}.")
 
     def positions(self, index: Index, names: Sequence[int]) -> npt.NDArray[np.intp]:
         """Rows of these names that match, in the order of the lines."""
@@ -51,11 +93,11 @@ class Query:
                 found &= (flags & bit != 0) == wanted
         return found
 
-    def names(self, index: Index, selection: Selection | None) -> list[int]:
-        """Numbers of the names that the selection and the phase let through."""
+    def names(self, index: Index, selected: Callable[[str], bool] | None) -> list[int]:
+        """Numbers of the names that are selected (`None`: all) and of the phase."""
         return [
             number
             for number, (name, _) in enumerate(index.names)
             if (self.phase is None or name.phase == self.phase)
-            and (selection is None or selection.matches(str(name)))
+            and (selected is None or selected(str(name)))
         ]

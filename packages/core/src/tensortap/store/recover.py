@@ -19,9 +19,8 @@ from tensortap.store.disk import lock, replace_file, sync_directory
 from tensortap.store.documents import encode_document, encode_info
 from tensortap.store.finishing import Finished, finish_shard
 from tensortap.store.index import save_index, stored_index_is_whole
-from tensortap.store.layout import RANK, RECORDS, open_regular, shards_of
+from tensortap.store.layout import RANK, RECORDS, open_regular, require_run, shards_of
 from tensortap.store.rank_reader import RankReader
-from tensortap.store.reader import require_run
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from tensortap.store.index import Index
 from tensortap.store.rows import ROW
 
-_INTERNAL = ("name", "offset", "length", "line", "check")
+_INTERNAL = ("name", "offset", "length", "check")
 _COLUMNS = np.dtype(
     [("name", "<u4"), ("rank", "<u4")]
     + [(field, ROW[field]) for field in ROW.names or () if field not in _INTERNAL]
@@ -24,8 +24,9 @@ class Table:
     """Rows in execution order; `names[row["name"]]` is a row's name.
 
     Columns: name, rank, flags (bits as in `tensortap.store.rows`), step, microbatch, call,
-    dtype, count, nan, posinf, neginf, zero, min, max, absmax, mean, std, rms, l1, l2 and seq. A
-    statistic that does not exist is NaN; records without statistics lack the bit `STATISTICS`.
+    dtype, count, nan, posinf, neginf, zero, min, max, absmax, mean, std, rms, l1, l2, seq and
+    line (for `Run.record_at`). A statistic that does not exist is NaN; records without statistics
+    lack the bit `STATISTICS`.
     """
 
     rows: npt.NDArray[np.void]
