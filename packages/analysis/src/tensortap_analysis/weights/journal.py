@@ -1,0 +1,89 @@
+"""A journal beside the report: what an interrupted scan has measured already."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from tensortap_analysis import __version__
+from tensortap_analysis.weights.options import Options
+from tensortap_analysis.weights.result import decoded, encoded
+from tensortap_analysis.weights.sources.source import Source
+
+_KIND, _SCHEMA = "tensortap-scan-journal", 1
+
+
+class Journal:
+    """Appends a line for each weight measured; a line that was cut off counts as not written.
+
+    It is of use for the same files, methods, options and versions only: with others it begins
+    afresh. `done` is what an earlier scan has left, by the weight's name.
+    """
+
+    def __init__(self, path: Path, key: str) -> None:
+        self.path = path
+        self._key = key
+        self.done: dict[str, dict[str, Any]] = dict(_lines(path, key))
+        self._file: IO[str] | None = None
+
+    def __enter__(self) -> Journal:
+        fresh = not self.done
+        self._file = self.path.open("w" if fresh else "a", encoding="utf-8")
+        if fresh:
+            self._write({"kind": _KIND, "schema": _SCHEMA, "key": self._key})
+        else:
+            self._file.write("\n")  # The line before may have been cut off.
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def add(self, name: str, measured: Mapping[str, Any]) -> None:
+        """Keep what was measured of one weight; on disk when this returns, short of a crash."""
+        self._write({"name": name, **encoded(dict(measured))})
+
+    def discard(self) -> None:
+        """Remove the file: the report is written."""
+        self.path.unlink(missing_ok=True)
+
+    def _write(self, content: Mapping[str, Any]) -> None:
+        assert self._file is not None
+        self._file.write(json.dumps(content, allow_nan=False) + "\n")
+        self._file.flush()
+
+
+def key_of(source: Source, methods: tuple[str, ...], options: Options) -> str:
+    """Differs where a measurement could: in files, methods, options, or who measures."""
+    facts = [source.identity, methods, asdict(options), __version__, torch.__version__]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _lines(path: Path, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What a journal of this key holds; nothing where there is none."""
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        head = _parsed(file.readline())
+        if head is None or (head.get("kind"), head.get("schema")) != (_KIND, _SCHEMA):
+            return
+        if head.get("key") != key:
+            return
+        for line in file:
+            content = _parsed(line)
+            if content is not None and isinstance(content.get("name"), str):
+                yield content.pop("name"), decoded(content)
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        content = json.loads(line)
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) else None

@@ -1,0 +1,171 @@
+"""`ScanResult`: what a scan measured, by layer; saved, loaded and judged without the weights."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tensortap.errors import TensortapError
+from tensortap.store.dtypes import dtype_name
+from tensortap_analysis.weights.options import Options
+from tensortap_analysis.weights.sources.source import Skipped
+from tensortap_analysis.weights.weight import Weight
+
+_KIND, _SCHEMA = "tensortap-scan", 1
+_NONFINITE = {"inf": math.inf, "-inf": -math.inf}
+Metrics = dict[str, Any]
+
+
+class ReportError(TensortapError):
+    """A file that should be a saved scan and is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a weight is: `stored` is how a matrix lies in the checkpoint, `out in` or `in out`."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    kind: str
+    stored: str = "out in"
+    note: str | None = None
+
+    @classmethod
+    def of(cls, weight: Weight) -> Facts:
+        """The facts of a weight that has not been read."""
+        stored = "in out" if weight.transposed else "out in"
+        dtype = dtype_name(weight.dtype)
+        return cls(weight.name, weight.shape, dtype, weight.kind, stored, weight.note)
+
+    @property
+    def numel(self) -> int:
+        """How many values."""
+        return math.prod(self.shape)
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Facts:
+        """Inverse of `asdict`, from JSON."""
+        return cls(**{**document, "shape": tuple(document["shape"])})
+
+
+@dataclass(frozen=True)
+class ScanResult(Mapping[str, dict[str, Metrics]]):
+    """Layer to `{method: {metric: value}}`, in the order of the checkpoint.
+
+    The mapping has the matrices: linear layers, embeddings, convolutions, stacks of experts.
+    `vectors` (norms, biases) have "sparsity" and "norms" only. `facts` says what each of both is,
+    `skipped` what is in neither or lacks a method, and why; `notes` hold for all of it.
+    """
+
+    source: str
+    methods: tuple[str, ...]
+    options: Options
+    layers: Mapping[str, dict[str, Metrics]]
+    vectors: Mapping[str, dict[str, Metrics]] = field(default_factory=dict)
+    facts: Mapping[str, Facts] = field(default_factory=dict)
+    skipped: tuple[Skipped, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __getitem__(self, layer: str) -> dict[str, Metrics]:
+        return self.layers[layer]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @property
+    def parameters(self) -> int:
+        """How many values were measured."""
+        return sum(facts.numel for facts in self.facts.values())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything as JSON; `ScanResult.load` reads it. The same scan, the same bytes."""
+        scratch = Path(f"{path}.partial")
+        text = json.dumps(self.to_json(), indent=1, allow_nan=False)
+        scratch.write_text(text + "\n", encoding="utf-8")
+        scratch.replace(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ScanResult:
+        """Read a saved scan; raises `ReportError` for anything else."""
+        try:
+            return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise ReportError(f"There is no saved scan at {path}.") from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as failure:
+            raise ReportError(f"{path} is no saved scan: {failure!r}.") from failure
+
+    def to_json(self) -> dict[str, Any]:
+        """What `save` writes; infinities are the strings `inf` and `-inf`."""
+
+        def rows(measured: Mapping[str, dict[str, Metrics]]) -> dict[str, Any]:
+            return {
+                layer: {"weight": asdict(self.facts[layer]), **encoded(stats)}
+                for layer, stats in measured.items()
+            }
+
+        return {
+            "kind": _KIND,
+            "schema": _SCHEMA,
+            "source": self.source,
+            "methods": list(self.methods),
+            "options": asdict(self.options),
+            "notes": list(self.notes),
+            "layers": rows(self.layers),
+            "vectors": rows(self.vectors),
+            "skipped": [asdict(one) for one in self.skipped],
+        }
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> ScanResult:
+        """Inverse of `to_json`; raises `ValueError` for another kind of document."""
+        if (document["kind"], document["schema"]) != (_KIND, _SCHEMA):
+            raise ValueError(f"schema {document['schema']} of {document['kind']!r} is not known")
+        both = {**document["vectors"], **document["layers"]}
+        facts = {layer: Facts.from_json(row["weight"]) for layer, row in both.items()}
+        options = document["options"]
+        return cls(
+            source=document["source"],
+            methods=tuple(document["methods"]),
+            options=Options(**{**options, "formats": tuple(options["formats"])}),
+            layers=_stats(document["layers"]),
+            vectors=_stats(document["vectors"]),
+            facts=facts,
+            skipped=tuple(Skipped(**one) for one in document["skipped"]),
+            notes=tuple(document["notes"]),
+        )
+
+
+def _stats(rows: Mapping[str, Any]) -> dict[str, dict[str, Metrics]]:
+    return {
+        layer: {method: decoded(metrics) for method, metrics in row.items() if method != "weight"}
+        for layer, row in rows.items()
+    }
+
+
+def encoded(value: Any) -> Any:
+    """`value` with infinities as strings: what JSON can hold. NaN is an error here."""
+    if isinstance(value, float):
+        if math.isnan(value):
+            raise ValueError("a metric is NaN; one that is not known must be None")
+        return value if math.isfinite(value) else repr(value)
+    if isinstance(value, dict):
+        return {key: encoded(one) for key, one in value.items()}
+    return [encoded(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+
+def decoded(value: Any) -> Any:
+    """Inverse of `encoded`."""
+    if isinstance(value, str):
+        return _NONFINITE.get(value, value)
+    if isinstance(value, dict):
+        return {key: decoded(one) for key, one in value.items()}
+    return [decoded(one) for one in value] if isinstance(value, list) else value

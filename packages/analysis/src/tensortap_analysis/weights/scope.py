@@ -1,0 +1,160 @@
+"""`Scope`: a checkpoint or module under the microscope."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+from torch import nn
+
+from tensortap.errors import ConfigError
+from tensortap.selection import Selection
+from tensortap_analysis.weights.journal import Journal, key_of
+from tensortap_analysis.weights.options import Options, chosen_methods
+from tensortap_analysis.weights.result import Facts, ScanResult
+from tensortap_analysis.weights.scanning import Measured, methods_of, run, same_values
+from tensortap_analysis.weights.sources import Skipped, Source, open_source
+from tensortap_analysis.weights.weight import Weight
+
+Progress = Callable[[int, int], None]
+"""Gets the bytes that are done and the bytes there are."""
+
+
+class Scope:
+    """The weights of a model: a file, a folder, a name in the hub's cache, or a live module.
+
+        for layer, stats in Scope("path/to/model").scan(methods=["spectral"]).items():
+            print(layer, stats["spectral"]["condition_number"])
+
+    Raises `CheckpointError` where there is nothing that can be read. Opening reads headers only.
+    """
+
+    def __init__(self, model: str | os.PathLike[str] | nn.Module) -> None:
+        self._source: Source = open_source(model)
+
+    @property
+    def source(self) -> Source:
+        """The weights there are, what was skipped, and what is known of the files."""
+        return self._source
+
+    def weights(self, select: str | Iterable[str] = "*") -> tuple[Weight, ...]:
+        """The weights whose layer or name is selected; raises `SelectionError` for none."""
+        wanted = Selection.parse(select)
+        found = tuple(
+            weight
+            for weight in self._source.weights
+            if wanted.matches_module(weight.layer) or wanted.matches_module(weight.name)
+        )
+        if not found:
+            names = [weight.layer for weight in self._source.weights]
+            raise wanted.nothing_in(names, self._source.label)
+        return found
+
+    def scan(
+        self,
+        methods: str | Iterable[str] = "all",
+        *,
+        select: str | Iterable[str] = "*",
+        parallel: bool | int = False,
+        options: Options | None = None,
+        journal: str | os.PathLike[str] | None = None,
+        progress: Progress = lambda done, total: None,
+    ) -> ScanResult:
+        """Measure the selected weights by `methods` (`"all"`, or some of `METHODS`).
+
+        `parallel`: how many workers, `True` for one a core; the numbers do not depend on it. Each
+        holds one weight at a time. With `journal`, a path, an interrupted scan of the same files
+        goes on where it was; the file is removed at the end. Raises `ConfigError`,
+        `SelectionError`, and `CheckpointError` for a file that turns out to be broken.
+        """
+        names, options = chosen_methods(methods), options or Options()
+        weights = self.weights(select)
+        todo = [weight for weight in weights if methods_of(weight, names)]
+        with self._journal(journal, names, options) as log:
+            found = _measure(todo, names, options, parallel, log, progress)
+            result = _result(self._source, weights, names, options, found)
+        if log is not None:
+            log.discard()
+        return result
+
+    def _journal(
+        self, path: str | os.PathLike[str] | None, methods: tuple[str, ...], options: Options
+    ) -> Journal | nullcontext[None]:
+        if path is None:
+            return nullcontext()
+        if not self._source.identity:
+            raise ConfigError("A live module has no files: its scan cannot be continued later.")
+        return Journal(Path(path), key_of(self._source, methods, options))
+
+
+def _measure(
+    weights: Sequence[Weight],
+    methods: tuple[str, ...],
+    options: Options,
+    parallel: bool | int,
+    log: Journal | None,
+    progress: Progress,
+) -> dict[str, Measured]:
+    """By name; what the journal has is not measured again."""
+    total = sum(weight.nbytes for weight in weights)
+    have = {} if log is None else log.done
+    found = {weight.name: have[weight.name] for weight in weights if weight.name in have}
+    read = sum(weight.nbytes for weight in weights if weight.name in found)
+    progress(read, total)
+
+    def done(weight: Weight, measured: Measured) -> None:
+        nonlocal read
+        found[weight.name] = measured
+        if log is not None:
+            log.add(weight.name, measured)
+        read += weight.nbytes
+        progress(read, total)
+
+    left = [weight for weight in weights if weight.name not in found]
+    run(left, methods, options, parallel=parallel, done=done)
+    return found
+
+
+def _result(
+    source: Source,
+    weights: Sequence[Weight],
+    methods: tuple[str, ...],
+    options: Options,
+    found: Mapping[str, Measured],
+) -> ScanResult:
+    """In the order of the checkpoint; copies are counted once, and every gap has a reason."""
+    have = [weight for weight in weights if weight.name in found]
+    copies = same_values(have, found)
+    once = [weight for weight in have if weight.name not in copies]
+    return ScanResult(
+        source=source.label,
+        methods=methods,
+        options=options,
+        layers={w.layer: found[w.name]["stats"] for w in once if w.kind != "vector"},
+        vectors={w.layer: found[w.name]["stats"] for w in once if w.kind == "vector"},
+        facts={weight.layer: Facts.of(weight) for weight in once},
+        skipped=(*source.skipped, *_left_out(weights, methods, copies)),
+        notes=source.notes,
+    )
+
+
+def _left_out(
+    weights: Sequence[Weight], methods: Sequence[str], copies: Mapping[str, str]
+) -> Iterable[Skipped]:
+    for weight in weights:
+        if weight.name in copies:
+            same = copies[weight.name]
+            yield Skipped(weight.name, f"has the very values of {same}: tied or copied")
+            continue
+        has = methods_of(weight, methods)
+        for method in methods:
+            if method not in has:
+                yield Skipped(weight.name, _VECTOR[method], method)
+
+
+_VECTOR = {
+    "spectral": "a vector has no spectrum",
+    "quantization": "vectors stay in their precision when a model is quantised",
+}
