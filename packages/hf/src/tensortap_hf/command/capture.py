@@ -104,7 +104,13 @@ def _print(plan: Plan, out: Path, outcomes: list[Outcome]) -> None:
         f"{len(plan.samples.ids)} samples of {tokens} tokens from {plan.samples.source}"
     )
     rows = [
-        (one.mode, one.family, one.error or one.run, one.records or None, one.seconds or None)
+        (
+            one.mode,
+            one.family,
+            "failed" if one.error else one.run,
+            one.records or None,
+            one.seconds or None,
+        )  # fmt: skip
         for one in outcomes
     ]
     printing.say_table(("mode", "family", "run", "records", "seconds"), rows)

@@ -98,7 +98,8 @@ def _capture(plan: Plan, chosen: Sequence[Mode]) -> tuple[list[layout.FirstLayer
                 failed[name] = sentence(failure)
                 continue
             values = [_only(sink, tensor) for tensor in tensors]
-            seen.append(layout.FirstLayer(name, mode.basis, tensors, values[0], values[1]))
+            said = (mode.family, mode.basis, mode.format)
+            seen.append(layout.FirstLayer(name, *said, tensors, values[0], values[1]))
     return seen, failed
 
 

@@ -15,6 +15,7 @@ from tensortap_hf.command.capturing import Calibration
 from tensortap_hf.command.models import Loaded
 from tensortap_hf.command.samples import Samples
 from tensortap_hf.modes import Mode
+from tensortap_hf.modes.generic import quantization_method
 
 Model = Annotated[
     str | None, typer.Argument(metavar="MODEL", help="A folder, or a name on the hub.")
@@ -106,12 +107,22 @@ def vocabulary_of(loaded: Loaded) -> int:
 
 
 def chosen_modes(wanted: str, loaded: Loaded) -> tuple[Mode, ...]:
-    """The modes that `--modes` means for a model; raises `ConfigError`."""
+    """The modes that `--modes` means for a model; raises `ConfigError`.
+
+    A quantised checkpoint has one mode: as it was loaded.
+    """
     served = modes.families_of(loaded.model)
     if not served:
         raise ConfigError(f"No family of modes serves {type(loaded.model).__name__}.")
     words = [word.strip() for word in wanted.split(",") if word.strip()]
-    names = [name for word in words for name in _preset(word, served[0])]
+    quantized = quantization_method(loaded.model) is not None
+    names = [
+        name
+        for word in words
+        for name in (
+            ["generic/loaded"] if quantized and word == "all" else _preset(word, served[0])
+        )
+    ]
     if not names:
         raise ConfigError("--modes is empty; write all, or names with commas.")
     return modes.resolve(list(dict.fromkeys(names)), model=loaded.model)

@@ -27,12 +27,14 @@ def say(text: str = "") -> None:
 
 def warn(text: str) -> None:
     """A line on stderr, where a pipe does not swallow it."""
-    _err.print(f"warning: {text}", style="bold yellow", highlight=False, markup=False)
+    _err.print(
+        f"warning: {text}", style="bold yellow", highlight=False, markup=False, soft_wrap=True
+    )
 
 
 def complain(text: str) -> None:
     """An error on stderr."""
-    _err.print(f"error: {text}", style="red", highlight=False, markup=False)
+    _err.print(f"error: {text}", style="red", highlight=False, markup=False, soft_wrap=True)
 
 
 def say_json(content: Any) -> None:

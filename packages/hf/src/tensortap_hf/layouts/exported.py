@@ -21,7 +21,9 @@ class Told:
     """What a run says of its mode."""
 
     mode: str
+    family: str
     basis: str
+    format: str | None
     model: str
     created: str
 
@@ -33,7 +35,8 @@ class Told:
         fields: dict[str, Any] = said if isinstance(said, dict) else {}
         mode = info.mode or info.format or (said if isinstance(said, str) else run.path.name)
         model = info.metadata.get("model", info.model_class)
-        return cls(str(mode), str(fields.get("basis", "native")), str(model), info.created)
+        family, basis = str(fields.get("family", "")), str(fields.get("basis", "native"))
+        return cls(str(mode), family, basis, info.format, str(model), info.created)
 
 
 def samples(

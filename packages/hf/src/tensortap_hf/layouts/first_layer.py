@@ -43,7 +43,9 @@ class FirstLayer:
     """What one mode gives to its first layer, and gets."""
 
     mode: str
+    family: str
     basis: str
+    format: str | None
     tensors: tuple[str, str]
     """Names of input and output."""
     input: torch.Tensor
@@ -76,7 +78,7 @@ def described(one: FirstLayer) -> dict[str, dict[str, Any]]:
 
 
 def statistics(seen: Sequence[FirstLayer], about: About) -> dict[str, Any]:
-    """The JSON beside the arrays; `tensors`, `basis`, `dtypes` and `note` are new."""
+    """The JSON beside the arrays; what follows `modes` is more than the older scripts wrote."""
     return {
         "timestamp": about.timestamp or datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "model": about.model,
@@ -84,7 +86,9 @@ def statistics(seen: Sequence[FirstLayer], about: About) -> dict[str, Any]:
         "seq_len": about.seq_len,
         "modes": {one.mode: described(one) for one in seen},
         "tensors": {one.mode: list(one.tensors) for one in seen},
+        "family": {one.mode: one.family for one in seen},
         "basis": {one.mode: one.basis for one in seen},
+        "format": {one.mode: one.format for one in seen},
         "dtypes": {one.mode: [arrays.dtype_of(t) for t in (one.input, one.output)] for one in seen},
         "note": NOTE,
     }
@@ -121,7 +125,7 @@ def write(path: Path, seen: Sequence[FirstLayer], about: About, *, add: bool = F
 
 
 def _merged(before: Mapping[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    by_mode = ("modes", "tensors", "basis", "dtypes")
+    by_mode = ("modes", "tensors", "family", "basis", "format", "dtypes")
     return {**now, **{key: {**arrays.field(before, key), **now[key]} for key in by_mode}}
 
 
@@ -143,7 +147,9 @@ class FirstLayerNpz:
             raise RunError(f"{run.path} holds {lost}.")
         both = arrays.together(inputs), arrays.together(outputs)
         for suffix, given in both[0].items():
-            seen = FirstLayer(told.mode, told.basis, tensors, given, both[1][suffix])
+            seen = FirstLayer(
+                told.mode, told.family, told.basis, told.format, tensors, given, both[1][suffix]
+            )
             about = About(told.model, None, given.shape[1], told.created)
             path = out / FILE.replace(".npz", f"{suffix}.npz")
             write(path, [seen], about, add=True)
@@ -181,7 +187,9 @@ def _first_layer(mode: str, values: Mapping[str, Any], document: Mapping[str, An
     tensors = ("layers.0/forward/input", "layers.0.mixer/forward/output")
     return FirstLayer(
         mode,
+        str(arrays.field(document, "family").get(mode, "")),
         str(arrays.field(document, "basis").get(mode, UNKNOWN)),
+        arrays.field(document, "format").get(mode),
         (str(names[0]), str(names[1])) if names else tensors,
         arrays.tensor(values[f"mode_{mode}_input"], dtypes[0]),
         arrays.tensor(values[f"mode_{mode}_output"], dtypes[1]),
@@ -194,7 +202,9 @@ def _old_run(mode: str, pieces: Sequence[FirstLayer], document: Mapping[str, Any
     outputs = [sample for piece in pieces for sample in _samples(piece.output)]
     return OldRun(
         mode,
+        one.family,
         one.basis,
+        one.format,
         str(document.get("timestamp", "")),
         str(document.get("model", "")),
         by_sample([(one.tensors[0], inputs), (one.tensors[1], outputs)]),

@@ -30,7 +30,9 @@ class OldRun:
     """One mode: what its files say, and its tensors by sample, each under its name."""
 
     mode: str
+    family: str
     basis: str
+    format: str | None
     created: str
     model: str
     samples: Sequence[Sequence[tuple[str, torch.Tensor]]]
@@ -43,9 +45,10 @@ class OldRun:
             launch_id=f"import-{uuid.uuid4().hex[:12]}",
             created=self.created,
             mode=self.mode,
+            format=self.format,
             metadata={
                 "model": self.model,
-                "mode": {"name": self.mode, "basis": self.basis},
+                "mode": {"name": self.mode, "family": self.family, "basis": self.basis},
                 **self.metadata,
             },
         )

@@ -107,7 +107,9 @@ def _write_stats(path: Path, told: Told, layers: Mapping[str, Any]) -> None:
         "timestamp": told.created,
         "model": told.model,
         "mode": told.mode,
+        "family": told.family,
         "basis": told.basis,
+        "format": told.format,
         "note": NOTE,
         "layers": layers,
     }
@@ -125,7 +127,9 @@ def _old_run(folder: Path, mode: str, files: Mapping[tuple[int, int], Path]) -> 
         tensors.setdefault(name, []).extend(arrays.apart(values, int(said.get("samples", 1))))
     return OldRun(
         mode,
+        str(stats.get("family", "")),
         str(stats.get("basis", UNKNOWN)),
+        stats.get("format"),
         str(stats.get("timestamp", "")),
         str(stats.get("model", "")),
         by_sample(tensors.items()),

@@ -44,7 +44,7 @@ def quantization_method(model: nn.Module) -> str | None:
 
 def _casting(name: str) -> Apply:
     def apply(model: nn.Module, undo: Undo, options: Options) -> Changes:
-        _refuse_quantized(model, name)
+        _refuse_quantized(model)
         if options.exclude:
             raise NotSupported(f"mode {name} casts the whole model; it takes no exclude.")
         return casting.cast(model, undo, _DTYPES[name])
@@ -54,7 +54,7 @@ def _casting(name: str) -> Apply:
 
 def _quantizing(name: str, codec: Codec) -> Apply:
     def apply(model: nn.Module, undo: Undo, options: Options) -> Changes:
-        _refuse_quantized(model, name)
+        _refuse_quantized(model)
         return linears.quantize(model, undo, codec, options.exclude)
 
     return apply
@@ -64,13 +64,12 @@ def _as_loaded(model: nn.Module, undo: Undo, options: Options) -> Changes:
     return Changes()
 
 
-def _refuse_quantized(model: nn.Module, name: str) -> None:
+def _refuse_quantized(model: nn.Module) -> None:
     method = quantization_method(model)
     if method is not None:
         raise NotSupported(
-            f"mode {name}: the weights of this checkpoint are quantised already ({method}), so "
-            "nothing else can be made of them. Use mode loaded, and the unquantised checkpoint "
-            "for a reference."
+            f"The weights of this checkpoint are quantised already ({method}), so nothing else "
+            "can be made of them. Use mode loaded, and the unquantised checkpoint for a reference."
         )
 
 
