@@ -103,17 +103,13 @@ def _print(plan: Plan, out: Path, outcomes: list[Outcome]) -> None:
         f"{plan.loaded.source}: layers {', '.join(map(str, plan.layers.numbers))}; "
         f"{len(plan.samples.ids)} samples of {tokens} tokens from {plan.samples.source}"
     )
-    rows = [
-        (
-            one.mode,
-            one.family,
-            "failed" if one.error else one.run,
-            one.records or None,
-            one.seconds or None,
-        )  # fmt: skip
-        for one in outcomes
-    ]
+    rows = [_cells(one) for one in outcomes]
     printing.say_table(("mode", "family", "run", "records", "seconds"), rows)
+
+
+def _cells(one: Outcome) -> tuple[object, ...]:
+    run = "failed" if one.error else one.run
+    return one.mode, one.family, run, one.records or None, one.seconds or None
 
 
 def _report(outcomes: list[Outcome], equal: list[Equality]) -> None:
