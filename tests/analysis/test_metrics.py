@@ -439,6 +439,11 @@ def test_blocks_that_do_not_make_up_the_shape_are_refused(engine: str) -> None:
         measure(lambda: [(ref, ref)], shape=(12,))
     with pytest.raises(NotSupported, match="cut them alike"):
         measure(lambda: [(ref, ref[:5])], shape=(10,))
+    with pytest.raises(NotSupported, match="several dtypes"):
+        measure(lambda: [(ref, ref), (ref, ref.half())], shape=(20,))
+    codes = torch.zeros(10, dtype=torch.int8)
+    with pytest.raises(NotSupported, match=r"hold 10 values, the shape 12"):
+        measure(lambda: [(codes, codes)], shape=(12,))
     with pytest.raises(NotSupported, match=r"\[10\] and \[2, 5\]"):
         measure_tensors(ref, ref.view(2, 5))
 
@@ -447,10 +452,53 @@ def test_values_that_change_between_the_passes_are_an_error(engine: str) -> None
     ref, calls = torch.zeros(1000), iter(range(9))
 
     def blocks() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        yield ref, torch.rand(1000) * 10 ** (5 * next(calls))
+        size = 10 ** (5 * next(calls))
+        yield ref, torch.rand(1000) * size
+        yield ref, torch.rand(1000) * size
 
     with pytest.raises(RunError, match="changed while"):
-        measure(blocks, shape=(1000,))
+        measure(blocks, shape=(2000,))
+
+
+CODES = [getattr(torch, name) for name in FLOATS[4:] + OTHERS[:3] if hasattr(torch, name)]
+
+
+@pytest.mark.parametrize("dtype", CODES, ids=str)
+def test_codes_give_what_their_values_give(dtype: torch.dtype, engine: str) -> None:
+    random = torch.Generator().manual_seed(7)
+    ref, other = (
+        torch.randint(0, 2 if dtype is torch.bool else 256, (70_000,), generator=random)
+        .to(torch.uint8)
+        .view(dtype)
+        for _ in range(2)
+    )
+    wide = [torch.from_numpy(values(x)) for x in (ref, other)]
+    by_codes, by_values = measure_tensors(ref, other, block=4096), measure_tensors(*wide)
+    for field in dataclasses.fields(Metrics):
+        a, b = getattr(by_codes, field.name), getattr(by_values, field.name)
+        if field.name in ("ref", "other", "difference"):
+            assert dataclasses.astuple(a) == pytest.approx(dataclasses.astuple(b), rel=1e-11)
+        elif not field.name.startswith("ulp"):
+            assert a == (pytest.approx(b, rel=1e-12) if field.name in SUMS else b), field.name
+
+
+def test_codes_of_two_dtypes_are_not_the_same_bits(engine: str) -> None:
+    codes = torch.arange(100, dtype=torch.uint8)
+    found = measure_tensors(codes, codes.to(torch.int8))
+    assert (found.max_abs, found.bitwise_equal, found.ulp_max) == (0.0, False, None)
+    if hasattr(torch, "float4_e2m1fn_x2"):
+        packed = torch.tensor([0x21, 0x43], dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+        plain = torch.tensor([0.5, 1.0, 1.5, 4.0]).to(torch.float8_e4m3fn)
+        assert measure_tensors(packed, plain).max_abs_at == (3,)
+
+
+def test_the_first_of_equal_largest_differences_of_codes_is_named(engine: str) -> None:
+    ref = torch.zeros(3, 100_000, dtype=torch.int8)
+    other = ref.clone()
+    other[1, 70_000], other[2, 5], ref[2, 6] = -3, 3, 3
+    for block in (1 << 10, 1 << 22):
+        found = measure_tensors(ref, other, block=block)
+        assert (found.max_abs, found.max_abs_at) == (3.0, (1, 70_000))
 
 
 def test_a_parameter_is_measured_and_left_as_it_is(engine: str) -> None:

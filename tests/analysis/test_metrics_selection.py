@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tensortap import native
+from tensortap.native import counts
 from tensortap_analysis.metrics import measure_tensors, selection
 
 COUNT = 6000
@@ -31,6 +32,7 @@ def spread() -> dict[str, np.ndarray]:
         "few values": random.integers(0, 5, COUNT) / 7,
         "mostly zero": np.where(random.random(COUNT) < 0.92, 0.0, near),
         "subnormal": random.integers(0, 999, COUNT) * 5e-324,
+        "short mantissas": random.integers(1, 1 << 9, COUNT) * 2.0 ** random.integers(-9, 0, COUNT),
         "ties and a tail": np.where(random.random(COUNT) < 0.4, 1.001, near),
     }
 
@@ -46,12 +48,14 @@ def engine(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+@pytest.mark.parametrize("fine", [0, COUNT + 1], ids=["keys", "rows"])
 @pytest.mark.parametrize("room", [0, 100, 1 << 22])
 @pytest.mark.parametrize("name", spread())
 def test_percentiles_are_those_of_numpy_however_little_may_be_collected(
-    name: str, room: int, engine: str, monkeypatch: pytest.MonkeyPatch
+    name: str, room: int, fine: int, engine: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(selection, "ROOM", room)
+    monkeypatch.setattr(counts, "FINE", fine)
     errors = spread()[name]
     ref = torch.zeros(COUNT, dtype=torch.float64)
     found = measure_tensors(ref, torch.from_numpy(errors), block=1000)
@@ -64,7 +68,10 @@ def test_percentiles_are_those_of_numpy_however_little_may_be_collected(
 @given(st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=50))
 def test_percentiles_of_anything_are_those_of_numpy(errors: list[float]) -> None:
     x = torch.tensor(errors, dtype=torch.float64)
-    with mock.patch.object(selection, "ROOM", 3):
+    with (
+        mock.patch.object(selection, "ROOM", 3),
+        mock.patch.object(counts, "FINE", len(x) % 2 * 99),
+    ):
         found = measure_tensors(torch.zeros_like(x), x)
     with np.errstate(over="ignore", invalid="ignore"):
         wanted = {p: np.percentile(np.abs(errors), p) for p in found.percentiles}

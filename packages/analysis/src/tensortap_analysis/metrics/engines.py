@@ -7,7 +7,9 @@ from typing import Protocol
 import torch
 
 from tensortap import native
-from tensortap.native.comparing import Comparing, Frame, Histograms, Quest, Totals
+from tensortap.native.comparing import Comparing
+from tensortap.native.counts import CodePairs, Histograms, Quest
+from tensortap.native.totals import Frame, Totals
 from tensortap_analysis.metrics.fallback import Plain
 
 
@@ -15,9 +17,6 @@ class Engine(Protocol):
     """Three passes over prepared blocks; see `tensortap.native.comparing.Comparing`."""
 
     threads: int
-
-    def first(self, ref: torch.Tensor, other: torch.Tensor) -> tuple[float, float] | None:
-        """The first pair that is finite on both sides."""
 
     def add(
         self,
@@ -27,7 +26,7 @@ class Engine(Protocol):
         totals: Totals,
         histograms: Histograms,
     ) -> None:
-        """Add a block to totals and histograms."""
+        """Add a block to totals and histograms; the first that has any sets the frame's origins."""
 
     def select(
         self,
@@ -39,14 +38,16 @@ class Engine(Protocol):
     ) -> None:
         """Look for the values of the quests in a block."""
 
+    def count(self, ref: torch.Tensor, other: torch.Tensor, pairs: CodePairs) -> None:
+        """Count the pairs of a block of codes."""
+
 
 class Compiled:
-    """The kernel, on torch's threads."""
+    """The kernel, on so many of torch's threads."""
 
-    def __init__(self, library: native.Library) -> None:
+    def __init__(self, library: native.Library, threads: int) -> None:
         self._comparing: Comparing = library.comparing
-        self.threads = torch.get_num_threads() if library.threaded else 1
-        self.first = self._comparing.first
+        self.threads = threads if library.threaded else 1
 
     def add(
         self,
@@ -68,8 +69,13 @@ class Compiled:
     ) -> None:
         self._comparing.select(ref, other, frame, absolute, relative, threads=self.threads)
 
+    def count(self, ref: torch.Tensor, other: torch.Tensor, pairs: CodePairs) -> None:
+        self._comparing.count(ref, other, pairs, threads=self.threads)
 
-def engine() -> Engine:
+
+def engine(threads: int | None = None) -> Engine:
     """The kernel if there is one; `TENSORTAP_NATIVE=0` rules it out."""
     library = native.library()
-    return Plain() if library is None else Compiled(library)
+    if library is None:
+        return Plain()
+    return Compiled(library, threads or torch.get_num_threads())

@@ -8,31 +8,27 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from tensortap.native.codes import code_table
-from tensortap.native.comparing import (
+from tensortap.native.counts import (
     KEY_SHIFT,
-    KEYS,
     NEXT_BITS,
+    PAIRS_OF_CODES,
+    ROW,
+    ROW_SHIFT,
     ROWS,
-    Frame,
+    CodePairs,
     Histogram,
     Histograms,
-    Moments,
     Quest,
-    Totals,
 )
+from tensortap.native.totals import Frame, Moments, Totals
+from tensortap_analysis.metrics.cells import Cells, Floats, Ints, add_finite, add_odd, add_ulps
 from tensortap_analysis.metrics.pairs import codes_of, value_count, values_of
-
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
 
 _PIECE = 1 << 16
 """Pairs computed at once, even: what stays in a core's cache."""
-_EPSILON = 1e-8
-_MAGNITUDE = np.int64((1 << 63) - 1)
+_REST = (1 << KEY_SHIFT) - 1
 _SIGNED = {2: (np.int16, 0x7FFF), 4: (np.int32, 0x7FFFFFFF), 8: (np.int64, (1 << 63) - 1)}
 
 
@@ -40,14 +36,6 @@ class Plain:
     """The engine without compiled code."""
 
     threads = 1
-
-    def first(self, ref: torch.Tensor, other: torch.Tensor) -> tuple[float, float] | None:
-        for one, two in _pieces(ref, other):
-            r, o = values_of(one), values_of(two)
-            finite = np.flatnonzero(np.isfinite(r) & np.isfinite(o))
-            if len(finite):
-                return float(r[finite[0]]), float(o[finite[0]])
-        return None
 
     def add(
         self,
@@ -59,7 +47,7 @@ class Plain:
     ) -> None:
         with np.errstate(all="ignore"):
             for one, two in _pieces(ref, other):
-                merge(totals, _piece(one, two, frame, totals.count, histograms))
+                merge(totals, _piece(one, two, frame, totals, histograms))
 
     def select(
         self,
@@ -71,12 +59,22 @@ class Plain:
     ) -> None:
         with np.errstate(all="ignore"):
             for one, two in _pieces(ref, other):
-                r, o = values_of(one), values_of(two)
-                finite = np.isfinite(r) & np.isfinite(o)
-                apart, relatives = _differences(r[finite], o[finite], frame)
+                cells = Cells(values_of(one), values_of(two))
+                apart, relatives = cells.at(cells.finite).differences(frame)
                 for quest, x in ((absolute, apart), (relative, relatives)):
                     if quest is not None:
                         _pursue(quest, np.abs(x).view(np.int64))
+
+    def count(self, ref: torch.Tensor, other: torch.Tensor, pairs: CodePairs) -> None:
+        for one, two in _pieces(ref, other):
+            codes = codes_of(one).astype(np.int64) << 8 | codes_of(two)
+            known = pairs.times[0] > 0
+            # Of several that are written to one place the last one stays: here the first pair.
+            first = np.zeros(PAIRS_OF_CODES, dtype=np.int64)
+            first[codes[::-1]] = pairs.total + np.arange(len(codes))[::-1]
+            np.copyto(pairs.places[0], first, where=~known)
+            pairs.times[0] += np.bincount(codes, minlength=PAIRS_OF_CODES)
+            pairs.total += len(codes)
 
 
 def merge(all_: Totals, more: Totals) -> None:
@@ -109,21 +107,34 @@ def _pieces(ref: torch.Tensor, other: torch.Tensor) -> Iterator[tuple[torch.Tens
 
 
 def _piece(
-    ref: torch.Tensor, other: torch.Tensor, frame: Frame, first: int, histograms: Histograms
+    ref: torch.Tensor, other: torch.Tensor, frame: Frame, before: Totals, histograms: Histograms
 ) -> Totals:
     totals = Totals.none()
-    r, o = values_of(ref), values_of(other)
-    finite = np.isfinite(r) & np.isfinite(o)
-    totals.count, totals.compared = len(r), int(finite.sum())
+    cells = Cells(values_of(ref), values_of(other))
+    finite = cells.finite
+    totals.count = len(cells)
     totals.unequal = int(ref.dtype != other.dtype or not _same_bits(ref, other))
-    _count_odd(r[~finite], o[~finite], totals)
+    add_odd(cells.at(~finite), totals)
     places = np.flatnonzero(finite)
-    if len(places):
-        _add_finite(r[places], o[places], frame, totals, histograms)
-        apart, _ = _differences(r[places], o[places], frame)
-        totals.at = first + int(places[np.argmax(np.abs(apart))])
-        _add_ulps(ref, other, places, totals)
+    if not len(places):
+        return totals
+    if not before.compared:
+        _set_origins(float(cells.ref[places[0]]), float(cells.other[places[0]]), frame)
+    cells = cells.at(finite)
+    apart, relative = cells.differences(frame)
+    add_finite(cells, apart, relative, frame, totals)
+    totals.at = before.count + int(places[np.argmax(np.abs(apart))])
+    if ref.dtype == other.dtype and ref.dtype.is_floating_point:
+        add_ulps(cells, _order(ref)[places], _order(other)[places], totals)
+    _count(apart, histograms.absolute)
+    _count(relative, histograms.relative)
     return totals
+
+
+def _set_origins(ref: float, other: float, frame: Frame) -> None:
+    """From a value of the tensors: never farther from the mean than the farthest of them."""
+    frame.ref_origin, frame.other_origin = ref * frame.ref, other * frame.other
+    frame.difference_origin = (other * frame.half - ref * frame.half) * frame.difference
 
 
 def _same_bits(ref: torch.Tensor, other: torch.Tensor) -> bool:
@@ -131,74 +142,20 @@ def _same_bits(ref: torch.Tensor, other: torch.Tensor) -> bool:
     return bool(np.array_equal(one, two))
 
 
-def _count_odd(ref: Floats, other: Floats, totals: Totals) -> None:
-    totals.nan_ref, totals.nan_other = int(np.isnan(ref).sum()), int(np.isnan(other).sum())
-    totals.inf_ref, totals.inf_other = int(np.isinf(ref).sum()), int(np.isinf(other).sum())
-    totals.mismatches = int((~(np.isnan(ref) & np.isnan(other)) & (ref != other)).sum())
-
-
-def _differences(ref: Floats, other: Floats, frame: Frame) -> tuple[Floats, Floats]:
-    """`other - ref` and that over |ref| + 1e-8, both in units of `half`."""
-    apart = other * frame.half - ref * frame.half + 0.0  # -0.0 would be a second kind of nothing
-    relative = np.abs(apart) / (np.abs(ref) * frame.half + _EPSILON * frame.half)
-    return apart, np.copysign(relative, apart)
-
-
-def _add_finite(
-    ref: Floats, other: Floats, frame: Frame, totals: Totals, histograms: Histograms
-) -> None:
-    apart, relative = _differences(ref, other, frame)
-    wide = apart * frame.difference
-    r, o = ref * frame.ref, other * frame.other
-    totals.ref = _moments(ref, r, frame.ref_origin)
-    totals.other = _moments(other, o, frame.other_origin)
-    totals.difference = _moments(apart, wide, frame.difference_origin)
-    centred = (r - r[0]) - (r - r[0]).mean()
-    totals.comoment = float((centred * (o - o[0])).sum())  # a BLAS product would wake its threads
-    totals.abs_ref, totals.abs_difference = float(np.abs(r).sum()), float(np.abs(wide).sum())
-    totals.largest, totals.zero = float(np.abs(apart).max()), int((apart == 0).sum())
-    totals.relative_max = float(np.abs(relative).max())
-    totals.relative_sum = float(np.abs(relative).sum())
-    _count(apart, histograms.absolute)
-    _count(relative, histograms.relative)
-
-
 def _count(x: Floats, histogram: Histogram) -> None:
-    keys = (x.view(np.uint64) >> np.uint64(KEY_SHIFT)).astype(np.int64)
-    for sign in range(2):
-        mine = keys[keys // KEYS == sign] - sign * KEYS
-        if not len(mine):
-            continue
-        first = int(mine.min())
-        times = np.bincount(mine - first)
-        histogram.keys[sign].reshape(-1)[first : first + len(times)] += times
-        rows = np.bincount(mine // (KEYS // ROWS))
-        histogram.rows[sign, : len(rows)] += rows
-
-
-def _moments(values: Floats, scaled: Floats, origin: float) -> Moments:
-    deviation = scaled - scaled[0]
-    mean = deviation.mean()
-    m2 = ((deviation - mean) ** 2).sum()
-    return Moments(values.min() + 0.0, values.max() + 0.0, (scaled[0] - origin) + mean, m2)
-
-
-def _add_ulps(ref: torch.Tensor, other: torch.Tensor, places: Ints, totals: Totals) -> None:
-    if ref.dtype != other.dtype or not ref.dtype.is_floating_point:
+    bits = x.view(np.uint64)
+    rows = (bits >> np.uint64(ROW_SHIFT)).astype(np.int64)
+    histogram.rows += np.bincount(rows, minlength=2 * ROWS).reshape(histogram.rows.shape)
+    if histogram.keys is None:
         return
-    # As unsigned numbers a distance of up to 2^64 wraps around to itself.
-    one, two = (_order(x)[places] for x in (ref, other))
-    far = np.where(one > two, one.view(np.uint64) - two.view(np.uint64),
-                   two.view(np.uint64) - one.view(np.uint64))  # fmt: skip
-    totals.ulp_max, totals.ulp_sum = int(far.max()), float(far.astype(np.float64).sum())
+    keys = (bits >> np.uint64(KEY_SHIFT)).astype(np.int64)
+    keys += ((bits & np.uint64(_REST)) != 0) * (2 * ROWS * ROW)
+    found, times = np.unique(keys, return_counts=True)
+    histogram.keys.reshape(-1)[found] += times
 
 
 def _order(block: torch.Tensor) -> Ints:
     """Where each value stands among those of its dtype; the two zeros are one."""
-    table = code_table(block.dtype)
-    if table is not None:
-        assert table.order is not None
-        return table.order[codes_of(block)]
     word, magnitude = _SIGNED[block.element_size()]
     bits = block.view(getattr(torch, np.dtype(word).name)).numpy().astype(np.int64)
     return np.where(bits < 0, -(bits & magnitude), bits & magnitude)

@@ -3,53 +3,63 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from tensortap.native.comparing import Frame, Histograms, Moments, Totals
+from tensortap.native.counts import Ints
+from tensortap.native.totals import Frame, Moments, Totals
 from tensortap_analysis.metrics.result import ErrorHistogram, Metrics, Octaves, Side
 from tensortap_analysis.metrics.selection import percentile
 
 PERCENTS = (50, 90, 95, 99)
 
-_EPSILON = Fraction(1e-8)
+_EPSILON = 1e-8
 """What the older scripts add to a denominator."""
 _NOTHING = Side(None, None, None, None, None, None)
 _BIAS = 1023
 
 
 @dataclass(frozen=True, slots=True)
-class Findings:
-    """What the passes leave: totals, and the values of the ranks that were looked for.
+class Spread:
+    """Differences of one kind: counts by sign and exponent, and the values of some ranks."""
 
-    `parts` says how many values an element of `shape` holds.
-    """
+    rows: Ints
+    ranks: Mapping[int, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What the passes over the pairs leave: of differences, and of relative ones."""
 
     totals: Totals
     frame: Frame
-    histograms: Histograms
+    absolute: Spread
+    relative: Spread
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What was compared: an element of `shape` holds `parts` values."""
+
     shape: tuple[int, ...]
     parts: int
     one_dtype: bool
     floats: bool
-    absolute: Mapping[int, float]
-    relative: Mapping[int, float]
 
 
-def report(found: Findings) -> Metrics:
+def report(found: Findings, given: Given) -> Metrics:
     """All metrics; what is undefined is `None`."""
     t = found.totals
     return Metrics(
         count=t.count, compared=t.compared,
         nan_ref=t.nan_ref, nan_other=t.nan_other, inf_ref=t.inf_ref, inf_other=t.inf_other,
-        nonfinite_mismatches=t.mismatches, bitwise_equal=found.one_dtype and not t.unequal,
+        nonfinite_mismatches=t.mismatches, bitwise_equal=given.one_dtype and not t.unequal,
         error_histogram=_error_histogram(found),
-        **(_metrics(found) if t.compared else _undefined()),
+        **(_metrics(found, given) if t.compared else _undefined()),
     )  # fmt: skip
 
 
@@ -59,6 +69,7 @@ class _Values:
 
     count: int
     unit: float
+    number: Callable[[float], Any]
     lo: float
     hi: float
     mean: float
@@ -70,13 +81,12 @@ class _Values:
         return self.m2 + self.count * self.mean * self.mean
 
     @property
-    def mean_square(self) -> Fraction:
-        """In full: float64 may be too narrow for it."""
-        return Fraction(self.squares) / Fraction(self.unit) ** 2 / self.count
+    def mean_square(self) -> Any:
+        return self.number(self.squares) / self.number(self.unit) ** 2 / self.count
 
     @property
-    def norm(self) -> Fraction:
-        return Fraction(math.sqrt(self.squares)) / Fraction(self.unit)
+    def norm(self) -> Any:
+        return self.number(math.sqrt(self.squares)) / self.number(self.unit)
 
     def side(self) -> Side:
         std, rms = (math.sqrt(x / self.count) / self.unit for x in (self.m2, self.squares))
@@ -84,18 +94,22 @@ class _Values:
         return Side(self.mean / self.unit, std, self.lo, self.hi, rms, absmax)
 
 
-def _values(m: Moments, count: int, unit: float, origin: float, half: float = 1.0) -> _Values:
-    return _Values(count, unit, m.lo / half, m.hi / half, origin + m.mean, m.m2)
+def _number(frame: Frame) -> Callable[[float], Any]:
+    """What holds squares: float64 may be too narrow for them where it is for those of units."""
+    plain = frame.ref == frame.other == frame.difference == frame.half == 1
+    return float if plain else Fraction
 
 
-def _metrics(found: Findings) -> dict[str, Any]:
-    t, f, n = found.totals, found.frame, found.totals.compared
-    ref = _values(t.ref, n, f.ref, f.ref_origin)
-    other = _values(t.other, n, f.other, f.other_origin)
-    difference = _values(t.difference, n, f.difference * f.half, f.difference_origin, f.half)
-    element = np.unravel_index(t.at // found.parts, found.shape)
-    ulps = found.one_dtype and found.floats
-    percents = {p: percentile(found.absolute, n, p) / f.half for p in PERCENTS}
+def _metrics(found: Findings, given: Given) -> dict[str, Any]:
+    t, f, n, number = found.totals, found.frame, found.totals.compared, _number(found.frame)
+
+    def values(m: Moments, unit: float, origin: float, half: float = 1.0) -> _Values:
+        return _Values(n, unit * half, number, m.lo / half, m.hi / half, origin + m.mean, m.m2)
+
+    ref, other = values(t.ref, f.ref, f.ref_origin), values(t.other, f.other, f.other_origin)
+    difference = values(t.difference, f.difference, f.difference_origin, f.half)
+    element = np.unravel_index(t.at // given.parts, given.shape)
+    ulps = given.one_dtype and given.floats
     return {
         "ref": ref.side(),
         "other": other.side(),
@@ -104,25 +118,25 @@ def _metrics(found: Findings) -> dict[str, Any]:
         "max_abs_at": tuple(int(place) for place in element),
         "relative_max": t.relative_max,
         "relative_mean": t.relative_sum / n,
-        "relative_median": percentile(found.relative, n, 50),
+        "relative_median": percentile(found.relative.ranks, n, 50),
         "ulp_max": t.ulp_max if ulps else None,
         "ulp_mean": t.ulp_sum / n if ulps else None,
-        "percentiles": percents,
+        "percentiles": {p: percentile(found.absolute.ranks, n, p) / f.half for p in PERCENTS},
         **_errors(t, f, ref, difference),
         **_agreement(t, ref, other, difference),
     }
 
 
 def _errors(t: Totals, f: Frame, ref: _Values, difference: _Values) -> dict[str, float]:
-    mse = difference.mean_square
-    mae = Fraction(t.abs_difference) / Fraction(difference.unit) / t.compared
-    size = Fraction(t.abs_ref) / Fraction(f.ref) / t.compared
+    number, mse = ref.number, difference.mean_square
+    mae = number(t.abs_difference) / number(difference.unit) / t.compared
+    size = number(t.abs_ref) / number(f.ref) / t.compared
     return {
         "mse": _float(mse),
         "rmse": math.sqrt(difference.squares / t.compared) / difference.unit,
         "mae": _float(mae),
-        "relative_mse": _float(mse / (ref.mean_square + _EPSILON)),
-        "relative_mae": _float(mae / (size + _EPSILON)),
+        "relative_mse": _float(mse / (ref.mean_square + number(_EPSILON))),
+        "relative_mae": _float(mae / (size + number(_EPSILON))),
     }
 
 
@@ -152,7 +166,7 @@ def _decibels(signal: _Values, noise: _Values) -> float:
     return 10 * (powers - 2 * (math.log10(signal.unit) - math.log10(noise.unit)))
 
 
-def _float(value: Fraction) -> float:
+def _float(value: float | Fraction) -> float:
     try:
         return float(value)
     except OverflowError:
@@ -170,17 +184,18 @@ def _undefined() -> dict[str, Any]:
 
 
 def _error_histogram(found: Findings) -> ErrorHistogram:
-    t, h = found.totals, found.histograms
+    zero, shift = found.totals.zero, 1 if found.frame.half == 0.5 else 0
     return ErrorHistogram(
-        _octaves(h.absolute.rows, t.zero, 1 if found.frame.half == 0.5 else 0),
-        _octaves(h.relative.rows, t.zero, 0),
+        _octaves(found.absolute.rows, zero, shift), _octaves(found.relative.rows, zero, 0)
     )
 
 
-def _octaves(rows: npt.NDArray[np.int64], zero: int, shift: int) -> Octaves:
+def _octaves(rows: Ints, zero: int, shift: int) -> Octaves:
     """From counts by sign and exponent; `shift` exponents are added."""
+    rows = rows.copy()
+    rows[0, 0] -= zero
     positive, negative = (
-        {int(row) - _BIAS + shift: int(counts[row]) for row in np.flatnonzero(counts)}
-        for counts in rows - np.array([[zero], [0]]) * (np.arange(rows.shape[1]) == 0)
+        {exponent - _BIAS + shift: int(counts[exponent]) for exponent in seen.tolist()}
+        for counts, seen in zip(rows, map(np.flatnonzero, rows), strict=True)
     )
     return Octaves(negative, zero, positive)

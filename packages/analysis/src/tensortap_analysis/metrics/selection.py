@@ -1,8 +1,9 @@
 """Exact order statistics from histograms of leading bits, in a bounded amount of memory.
 
 Non-negative float64 are ordered as their bits are. The histogram says which prefix the value of
-a rank has and how many values share it; those are collected and partitioned if there are not too
-many, else counted by their next bits first. A prefix whose values are all equal is done.
+a rank has and how many values share it, and of how many nothing follows: those are known. Others
+are collected and partitioned if there are not too many, else counted by their next bits first. A
+prefix whose values are all equal is done.
 """
 
 from __future__ import annotations
@@ -11,15 +12,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
 from tensortap.errors import RunError
-from tensortap.native.comparing import KEY_SHIFT, NEXT_BITS, Histogram, Quest
+from tensortap.native.counts import (
+    KEY_SHIFT,
+    NEXT_BITS,
+    ROW,
+    ROW_SHIFT,
+    Histogram,
+    Ints,
+    Quest,
+)
 
 ROOM = 1 << 22
 """Most values that are collected at once: 32 MiB."""
 
-Ints = npt.NDArray[np.int64]
 Look = Callable[[Quest | None, Quest | None], None]
 """One pass over all pairs that serves the quests for differences and for relative ones."""
 
@@ -39,19 +46,29 @@ class Search:
 
     ranks: Sequence[int]
     bins: Sequence[_Bin]
-    shift: int = KEY_SHIFT
+    shift: int
     found: dict[int, float] = field(default_factory=dict)
 
     @classmethod
-    def begun(cls, seen: Histogram, zero: int, ranks: Sequence[int]) -> Search:
-        """From counts by signed keys; the `zero` smallest values are known to be 0."""
-        open_ranks = [rank for rank in ranks if rank >= zero]
-        bins = []
-        for row in _bins_of(seen.rows.sum(axis=0), 0, 0, open_ranks):
-            counts = seen.keys[:, row.prefix].sum(axis=0)
-            inside = [rank for rank in open_ranks if _holds(row, rank)]
-            bins += _bins_of(counts, row.prefix * len(counts), row.below, inside)
-        return cls(open_ranks, bins, found={rank: 0.0 for rank in ranks if rank < zero})
+    def begun(cls, seen: Histogram, ranks: Sequence[int]) -> Search:
+        """From counts by keys, or by rows where there are no others."""
+        rows = _bins_of(seen.rows.sum(axis=0), 0, 0, ranks)
+        if seen.keys is None:
+            return cls(ranks, rows, ROW_SHIFT)
+        begun = cls(ranks, (), KEY_SHIFT)
+        begun.bins = [bin_ for row in rows for bin_ in begun._opened(row, seen.keys)]
+        return begun
+
+    def _opened(self, row: _Bin, keys: Ints) -> list[_Bin]:
+        """The bins of a row that hold ranks; values with nothing below their key are known."""
+        exact, rest = keys[:, :, row.prefix].sum(axis=1)
+        left = []
+        for bin_ in _bins_of(exact + rest, row.prefix * ROW, row.below, self._ranks_in(row)):
+            known = bin_.below + int(exact[bin_.prefix % ROW])
+            ranks, value = self._ranks_in(bin_), _value(np.int64(bin_.prefix << KEY_SHIFT))
+            self.found |= {rank: value for rank in ranks if rank < known}
+            left += [bin_] if ranks[-1] >= known else []
+        return left
 
     @property
     def waiting(self) -> int:
@@ -117,7 +134,9 @@ def search(look: Look, absolute: Search, relative: Search, *, threads: int) -> N
 
 
 def percentile_ranks(count: int, percents: Sequence[int]) -> list[int]:
-    """The ranks, from 0, that `percentile` needs."""
+    """The ranks, from 0, that `percentile` needs; none of no values."""
+    if not count:
+        return []
     places = [(count - 1) * (percent / 100) for percent in percents]
     return sorted(
         {min(rank, count - 1) for place in places for rank in (int(place), int(place) + 1)}

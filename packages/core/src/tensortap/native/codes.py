@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,7 @@ class CodeTable:
     order: Ints | None
 
 
+@cache
 def code_table(dtype: torch.dtype) -> CodeTable | None:
     """The table of a dtype whose values are codes; `None` for wider ones."""
     if dtype is getattr(torch, "float4_e2m1fn_x2", ()):

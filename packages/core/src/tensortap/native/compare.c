@@ -2,7 +2,7 @@
  *
  * Pairs are cut into tasks of fixed size. Threads take tasks as they come, each leaves its own
  * totals, and those are merged in order: the result does not depend on threads. Histograms count
- * the leading bits of float64 differences, of each thread by itself.
+ * the leading bits of float64 differences, and whether any is set below: of each thread by itself.
  */
 #include <fenv.h>
 #include <stdlib.h>
@@ -10,21 +10,27 @@
 #include "threads.h"
 #include "totals.h"
 
-/* Sign, exponent and 7 bits of the mantissa. */
+/* A key is the exponent and 7 bits of the mantissa. There are as many for negative values, and
+ * once more as many of either sign for values with a rest below. */
 #define KEY_SHIFT 45
+#define ROW_SHIFT 52
 #define KEYS (1 << 18)
 #define ROW (1 << 7)
+#define QUARTERS 4
+#define REST (1 << 19)
 /* Before a thread's 32-bit counts can overflow. */
 #define TASKS_TO_FLUSH 65536
 
-/* Counts by signed keys, and by their rows: sign and exponent only. */
+/* Counts by keys, or NULL where rows do, and by rows: sign and exponent only. */
 typedef struct {
     int64_t *keys, *rows;
 } histogram;
 
-/* One thread's counts, signed keys, and which of them, without sign and zero, occur. */
+/* One thread's counts of keys, and which of them, zero apart, occur. Without keys it is the only
+ * thread, and counts where all are counted. */
 typedef struct {
     uint32_t *counts;
+    int64_t *rows;
     int64_t lowest, highest;
 } key_counts;
 
@@ -50,7 +56,8 @@ CLONES static void count_keys(const double *x, int64_t n, key_counts *to)
     _Pragma("omp simd reduction(min:least) reduction(max:most)")
     for (int64_t i = 0; i < n; i++) {
         const int64_t bits = bits_of(x[i]), size = bits & MAGNITUDE_OF_DOUBLE;
-        keys[i] = (uint32_t)((uint64_t)bits >> KEY_SHIFT);
+        const uint32_t rest = (bits & (((int64_t)1 << KEY_SHIFT) - 1)) != 0;
+        keys[i] = (uint32_t)((uint64_t)bits >> KEY_SHIFT) | rest * REST;
         const int64_t not_zero = size ? size : INT64_MAX;
         ORDER_MIN(least, not_zero);
         ORDER_MAX(most, size);
@@ -61,9 +68,26 @@ CLONES static void count_keys(const double *x, int64_t n, key_counts *to)
     ORDER_MAX(to->highest, most >> KEY_SHIFT);
 }
 
-static void add_zeros(key_counts *to, int64_t n)
+static void count_rows(const double *x, int64_t n, int64_t *rows)
 {
-    to->counts[0] += (uint32_t)n;
+    for (int64_t i = 0; i < n; i++)
+        rows[(uint64_t)bits_of(x[i]) >> ROW_SHIFT]++;
+}
+
+static void count(const double *x, int64_t n, key_counts *to)
+{
+    if (to->counts)
+        count_keys(x, n, to);
+    else
+        count_rows(x, n, to->rows);
+}
+
+static void count_zeros(int64_t n, key_counts *to)
+{
+    if (to->counts)
+        to->counts[0] += (uint32_t)n;
+    else
+        to->rows[0] += n;
 }
 
 static void add_odd(double ref, double other, totals *t)
@@ -115,12 +139,12 @@ static void add_finite(const job *j, const block *b, key_counts *counts, totals 
     if (same_kind(j) && j->ref->is_float)
         add_ulps(j->ref, b->ref, b->other, b->n, t);
     if (t->zero == b->n) {
-        add_zeros(counts, b->n);
-        add_zeros(counts + 1, b->n);
+        count_zeros(b->n, counts);
+        count_zeros(b->n, counts + 1);
         return;
     }
-    count_keys(apart_by, b->n, counts);
-    count_keys(relative_by, b->n, counts + 1);
+    count(apart_by, b->n, counts);
+    count(relative_by, b->n, counts + 1);
 }
 
 static void add_pairs(const job *j, block b, key_counts *counts, totals *t);
@@ -174,29 +198,28 @@ static void do_task(const job *j, int64_t task, key_counts *counts)
     }
 }
 
-static void flush_row(uint32_t *from, int64_t row, const histogram *to)
+static void flush_row(uint32_t *from, int64_t row, int64_t *keys, int64_t *rows)
 {
     int64_t sum = 0;
     for (int64_t key = row * ROW; key < (row + 1) * ROW; key++) {
         if (from[key])
-            __atomic_fetch_add(&to->keys[key], from[key], __ATOMIC_RELAXED);
+            __atomic_fetch_add(&keys[key], from[key], __ATOMIC_RELAXED);
         sum += from[key];
         from[key] = 0;
     }
     if (sum)
-        __atomic_fetch_add(&to->rows[row], sum, __ATOMIC_RELAXED);
+        __atomic_fetch_add(&rows[row % (2 * KEYS / ROW)], sum, __ATOMIC_RELAXED);
 }
 
 /* Add one thread's counts to all, and leave zeros. */
 static void flush(const key_counts *from, const histogram *to)
 {
-    const int64_t signs = KEYS / ROW, first = from->lowest / ROW, last = from->highest / ROW;
-    for (int64_t row = first; row <= last; row++) {
-        flush_row(from->counts, row, to);
-        flush_row(from->counts, signs + row, to);
-    }
-    if (first)
-        flush_row(from->counts, 0, to);
+    const int64_t quarter = KEYS / ROW, first = from->lowest / ROW, last = from->highest / ROW;
+    for (int64_t row = first; from->counts && row <= last; row++)
+        for (int64_t at = row; at < QUARTERS * quarter; at += quarter)
+            flush_row(from->counts, at, to->keys, to->rows);
+    if (from->counts && first)
+        flush_row(from->counts, 0, to->keys, to->rows);
 }
 
 static void flush_both(const key_counts *counts, const job *j)
@@ -214,8 +237,9 @@ static void take_tasks(void *argument)
     fegetenv(&before);
     fesetenv(FE_DFL_ENV);
     const int64_t slot = __atomic_fetch_add(&j->slots, 1, __ATOMIC_RELAXED);
-    uint32_t *mine = j->scratch + slot * 4 * KEYS;
-    key_counts counts[2] = {{mine, KEYS, 0}, {mine + 2 * KEYS, KEYS, 0}};
+    uint32_t *mine = j->scratch ? j->scratch + slot * 2 * QUARTERS * KEYS : NULL;
+    key_counts counts[2] = {{mine, j->absolute.rows, KEYS, 0},
+                            {mine ? mine + QUARTERS * KEYS : NULL, j->relative.rows, KEYS, 0}};
     int64_t task, taken = 0;
     while ((task = __atomic_fetch_add(&j->next, 1, __ATOMIC_RELAXED)) < j->tasks) {
         do_task(j, task, counts);
@@ -226,32 +250,9 @@ static void take_tasks(void *argument)
     fesetenv(&before);
 }
 
-/* Add `n` pairs, the first of which stands at `first` in the tensors, to `all`, and the signed
- * keys of their differences to the two histograms. `scratch` has 4 * KEYS zeros a
- * thread and is left so. Returns 0, or -1 when there is no memory for the tasks' totals. */
-int64_t tensortap_compare(const side *ref, const side *other, const frame *f, int64_t n,
-                          int64_t first, totals *all, const histogram *absolute,
-                          const histogram *relative, uint32_t *scratch, int64_t threads)
-{
-    const int64_t tasks = (n + PAIRS_TASK - 1) / PAIRS_TASK;
-    totals few[4], *parts = few;
-    if (tasks > 4 && !(parts = malloc((size_t)tasks * sizeof *parts)))
-        return -1;
-    job j = {.ref = ref, .other = other, .f = f, .n = n, .first = first, .tasks = tasks,
-             .parts = parts, .scratch = scratch, .absolute = *absolute, .relative = *relative};
-    if (threads > 1 && tasks > 1 && tensortap_start_threads)
-        tensortap_start_threads(take_tasks, &j, (unsigned)threads, 0);
-    else
-        take_tasks(&j);
-    for (int64_t task = 0; task < tasks; task++)
-        merge_totals(all, &parts[task]);
-    if (parts != few)
-        free(parts);
-    return 0;
-}
-
-/* The first pair that is finite on both sides; returns whether there is one. */
-int64_t tensortap_compare_first(const side *ref, const side *other, int64_t n, double *pair)
+/* From the first pair that is finite on both sides: a value of the tensors is never farther from
+ * the mean than the farthest of them. */
+static void set_origins(const side *ref, const side *other, int64_t n, frame *f)
 {
     double ref_values[PAIRS], other_values[PAIRS];
     uint8_t ref_bytes[PAIRS], other_bytes[PAIRS];
@@ -263,10 +264,37 @@ int64_t tensortap_compare_first(const side *ref, const side *other, int64_t n, d
                                            other_values);
         for (int64_t i = 0; i < some; i++)
             if (isfinite(r[i]) && isfinite(o[i])) {
-                pair[0] = r[i];
-                pair[1] = o[i];
-                return 1;
+                f->ref_origin = r[i] * f->ref;
+                f->other_origin = o[i] * f->other;
+                f->difference_origin = apart(r[i], o[i], f) * f->difference;
+                return;
             }
     }
+}
+
+/* Add `n` pairs, the first of which stands at `first` in the tensors, to `all`, and the keys of
+ * their differences to the two histograms. `scratch` has 8 * KEYS zeros a thread and is left so,
+ * or is NULL for one thread that counts rows. The first pairs that can be compared set the origins.
+ * Returns 0, or -1 when there is no memory for the tasks' totals. */
+int64_t tensortap_compare(const side *ref, const side *other, frame *f, int64_t n,
+                          int64_t first, totals *all, const histogram *absolute,
+                          const histogram *relative, uint32_t *scratch, int64_t threads)
+{
+    const int64_t tasks = (n + PAIRS_TASK - 1) / PAIRS_TASK;
+    totals few[4], *parts = few;
+    if (tasks > 4 && !(parts = malloc((size_t)tasks * sizeof *parts)))
+        return -1;
+    if (!all->compared)
+        set_origins(ref, other, n, f);
+    job j = {.ref = ref, .other = other, .f = f, .n = n, .first = first, .tasks = tasks,
+             .parts = parts, .scratch = scratch, .absolute = *absolute, .relative = *relative};
+    if (threads > 1 && tasks > 1 && tensortap_start_threads)
+        tensortap_start_threads(take_tasks, &j, (unsigned)threads, 0);
+    else
+        take_tasks(&j);
+    for (int64_t task = 0; task < tasks; task++)
+        merge_totals(all, &parts[task]);
+    if (parts != few)
+        free(parts);
     return 0;
 }

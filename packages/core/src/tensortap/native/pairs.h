@@ -14,13 +14,11 @@
 /* Further kinds than those of `enum kind`: any byte with a table, and two 4-bit codes a byte. */
 enum { BYTE = BYTE_KINDS, NIBBLE };
 
-/* One side of dense values. Byte kinds: the values of their codes, and where each stands in the
- * order of the numbers, for distances in ulp; `order` is NULL where the kind is no float. */
+/* One side of dense values; `table` has the values of codes. */
 typedef struct {
     const char *data;
     int64_t kind, is_float;
     const double *table;
-    const int64_t *order;
 } side;
 
 /* In which units sums are taken, powers of two that keep squares in range, and from where means

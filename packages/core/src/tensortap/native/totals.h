@@ -132,20 +132,9 @@ ULPS(ulps_16, stored_half, uint32_t, 15)
 ULPS(ulps_32, stored_u32, uint32_t, 31)
 ULPS(ulps_64, stored_u64, uint64_t, 63)
 
-static void ulps_of_codes(const side *s, const uint8_t *ref, const uint8_t *other, int64_t n,
-                          totals *t)
-{
-    for (int64_t i = 0; i < n; i++) {
-        const uint64_t far = (uint64_t)llabs(s->order[ref[i]] - s->order[other[i]]);
-        t->ulp_sum += (double)far;
-        t->ulp_max = far > t->ulp_max ? far : t->ulp_max;
-    }
-}
-
 static void add_ulps(const side *s, const void *ref, const void *other, int64_t n, totals *t)
 {
     switch (stored_size(s->kind)) {
-    case 1: ulps_of_codes(s, ref, other, n, t); return;
     case 2: ulps_16(ref, other, n, t); return;
     case 4: ulps_32(ref, other, n, t); return;
     default: ulps_64(ref, other, n, t);
