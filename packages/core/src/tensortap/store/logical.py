@@ -57,8 +57,10 @@ class LogicalTensor:
 
     @property
     def _bare(self) -> bool:
-        """Is it a rank's piece that nobody can place?"""
-        return self._alone and (self._placement is None or self._placement.unknown)
+        """Is it a single piece as it is: one that nobody can place, or that has no placement?"""
+        if self._placement is None:
+            return len(self._pieces) == 1
+        return self._alone and self._placement.unknown
 
     def tensor(self) -> torch.Tensor:
         """All of it; a single piece that is the whole is not copied.

@@ -42,6 +42,8 @@ class Found:
         return list(self.records)
 
     def _require_one_moment(self) -> None:
+        if len(self.records) == 1:
+            return
         moments = {replace(record.at, rank=0) for record in self.records}
         if len(moments) > 1:
             raise RunError(f"captured several times; choose one of {describe(moments)}")
