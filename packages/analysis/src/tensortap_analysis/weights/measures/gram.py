@@ -9,6 +9,7 @@ decomposed instead, which keeps them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -30,13 +31,15 @@ class Spectrum:
     """Singular values, descending, one for each index of the shorter side, times `unit`.
 
     `short` and `long` are the largest squared norms of the vectors along each side: of a tall
-    matrix its columns, then its rows. `dead` singular values are 0 because vectors are.
+    matrix its columns, then its rows. `dead` singular values are 0 because vectors are. `error` is
+    how far the squares of the values may be off.
     """
 
     values: Doubles
     short: float
     long: float
     dead: int
+    error: float
 
 
 def spectrum(matrix: torch.Tensor, unit: float) -> Spectrum:
@@ -49,15 +52,15 @@ def spectrum(matrix: torch.Tensor, unit: float) -> Spectrum:
         gram = gram[np.ix_(alive, alive)]
     found = np.linalg.eigvalsh(gram)[::-1][:rank].astype(np.float64, copy=False)
     del gram
+    error = 2 * math.sqrt(len(alive)) * _EPS * float(found[0])
     values = np.zeros(len(squares))
-    values[:rank] = _by_qr(matrix, unit, alive)[:rank] if _lost(found) else np.sqrt(found)
-    return Spectrum(values, float(squares.max()), float(along.max()), len(squares) - rank)
-
-
-def _lost(squares: Doubles) -> bool:
-    """Whether the smallest singular value is not known as well as it is trusted."""
-    error = 2 * np.sqrt(len(squares)) * _EPS * squares[0]
-    return bool(error / 2 > _TRUSTED * squares[-1])
+    # To first order a square root is off by half of what its square is.
+    if error / 2 > _TRUSTED * found[-1]:
+        values[:rank], error = _by_qr(matrix, unit, alive)[:rank], 0.0
+    else:
+        values[:rank] = np.sqrt(found)
+    dead = len(squares) - rank
+    return Spectrum(values, float(squares.max()), float(along.max()), dead, error)
 
 
 def _blocks(matrix: torch.Tensor, unit: float) -> Iterator[Doubles]:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tensortap_analysis.weights.measures.facts import Facts, nothing
-from tensortap_analysis.weights.measures.gram import spectrum
+from tensortap_analysis.weights.measures.gram import Spectrum, spectrum
 from tensortap_analysis.weights.measures.resolution import resolution
 from tensortap_analysis.weights.options import Options
 
@@ -41,18 +41,18 @@ def spectral(facts: Facts, options: Options) -> dict[str, Any]:
     reach = resolution(facts, found)
     values = found.values / facts.unit
     return (
-        _conditioning(found.values, reach, facts, dead=found.dead)
+        _conditioning(found, reach, facts)
         | _ranks(found.values, reach)
         | full
         | _listed(values, options)
     )
 
 
-def _conditioning(values: Doubles, reach: float, facts: Facts, *, dead: int) -> dict[str, Any]:
-    largest, smallest = float(values[0]), float(values[-1])
+def _conditioning(found: Spectrum, reach: float, facts: Facts) -> dict[str, Any]:
+    largest, smallest = float(found.values[0]), float(found.values[-1])
     unresolved = {}
     # A vector of zeros was not rounded to them: what it makes singular is known to be.
-    if smallest < reach and not dead:
+    if smallest < reach and not found.dead:
         dtype = str(facts.dtype).removeprefix("torch.")
         unresolved = {
             "condition_number": f"stored in {dtype}, which resolves condition numbers up to "
@@ -60,21 +60,24 @@ def _conditioning(values: Doubles, reach: float, facts: Facts, *, dead: int) -> 
             "s_min": f"stored in {dtype}, whose rounding alone moves singular values by "
             f"{reach / facts.unit:.3g}",
         }
-    doubt = 0.0 if dead else reach
     return {
         "s_max": largest / facts.unit,
         "s_min": smallest / facts.unit,
         "spectral_norm": largest / facts.unit,
         "condition_number": largest / smallest if smallest else math.inf,
-        "condition_number_at_least": _over(max(largest - doubt, smallest), smallest + doubt),
+        "condition_number_at_least": _at_least(found, reach),
         "resolution": reach / facts.unit,
         "rank_tolerance": reach / facts.unit,
         "unresolved": unresolved,
     }
 
 
-def _over(numerator: float, denominator: float) -> float:
-    return numerator / denominator if denominator else math.inf
+def _at_least(found: Spectrum, reach: float) -> float:
+    """The condition number where rounding made the matrix as ill-conditioned as it can."""
+    if found.dead:
+        return math.inf
+    largest = math.sqrt(max(found.values[0] ** 2 - found.error, 0.0)) - reach
+    return max(largest / (math.sqrt(found.values[-1] ** 2 + found.error) + reach), 1.0)
 
 
 def _ranks(values: Doubles, reach: float) -> dict[str, Any]:
