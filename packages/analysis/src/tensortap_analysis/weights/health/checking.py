@@ -1,0 +1,141 @@
+"""`health_check`: what is wrong with the weights of a scan, and how well they are altogether."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tensortap.errors import ConfigError, nearest
+from tensortap_analysis.weights.health import classic, default
+from tensortap_analysis.weights.health.issue import (
+    SEVERITIES,
+    Issue,
+    Limits,
+    Rule,
+    Severity,
+    layers_of,
+)
+from tensortap_analysis.weights.result import ScanResult, encoded
+from tensortap_analysis.weights.scope import Scope
+
+GOOD, FAIR = 80, 60
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """Rules, their limits, and how issues make a score from 0 to 100."""
+
+    rules: Mapping[str, Rule]
+    limits: Limits
+    score: Callable[[Sequence[Issue], int], float]
+
+
+PRESETS: Mapping[str, Preset] = {
+    "default": Preset(default.RULES, default.LIMITS, default.score),
+    "classic": Preset(classic.RULES, classic.LIMITS, classic.score),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """Issues, the worst first within each severity, and the score they make.
+
+    `unresolved` counts the layers whose condition number the stored dtype cannot resolve.
+    """
+
+    score: float
+    issues: Mapping[Severity, tuple[Issue, ...]]
+    preset: str
+    layers: int
+    unresolved: int = 0
+
+    @property
+    def verdict(self) -> str:
+        """`good` from 80, `improve` from 60, `do not deploy` below."""
+        if self.score >= GOOD:
+            return "good"
+        return "improve" if self.score >= FAIR else "do not deploy"
+
+    def at_least(self, severity: Severity) -> list[Issue]:
+        """Issues of this severity and of worse ones."""
+        worse = SEVERITIES[: SEVERITIES.index(severity) + 1]
+        return [issue for one in worse for issue in self.issues[one]]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as JSON takes it."""
+        return {
+            "preset": self.preset,
+            "score": self.score,
+            "verdict": self.verdict,
+            "layers": self.layers,
+            "unresolved_condition_numbers": self.unresolved,
+            "issues": {
+                severity: [encoded(asdict(issue)) for issue in issues]
+                for severity, issues in self.issues.items()
+            },
+        }
+
+
+def health(
+    result: ScanResult, preset: str = "default", thresholds: Mapping[str, float] | None = None
+) -> Health:
+    """Judge a scan; needs no weights. `thresholds` replace limits of the preset one by one.
+
+    Raises `ConfigError` for a preset or threshold there is not.
+    """
+    by, limits = _preset(preset, thresholds or {})
+    layers = layers_of(result)
+    issues = [issue for rule in by.rules.values() for issue in rule(layers, limits)]
+    ranked = sorted(issues, key=lambda issue: -issue.excess)
+    matrices = [layer for layer in layers if not layer.vector]
+    return Health(
+        score=by.score(issues, len(matrices)),
+        issues={one: tuple(i for i in ranked if i.severity == one) for one in SEVERITIES},
+        preset=preset,
+        layers=len(matrices),
+        unresolved=sum(
+            layer.unresolved("spectral", "condition_number") is not None for layer in matrices
+        ),
+    )
+
+
+def health_check(
+    model: str | os.PathLike[str] | nn.Module | ScanResult,
+    preset: str = "default",
+    thresholds: Mapping[str, float] | None = None,
+) -> tuple[float, dict[Severity, list[Issue]]]:
+    """Score and issues by severity, of a saved report (`.json`), a scan, or a model to scan.
+
+    score, issues = health_check("report.json")
+    for issue in issues["critical"]:
+        print(issue)
+    """
+    found = health(_scanned(model), preset, thresholds)
+    return found.score, {severity: list(some) for severity, some in found.issues.items()}
+
+
+def _scanned(model: str | os.PathLike[str] | nn.Module | ScanResult) -> ScanResult:
+    if isinstance(model, ScanResult):
+        return model
+    if not isinstance(model, nn.Module) and Path(model).suffix == ".json":
+        return ScanResult.load(model)
+    return Scope(model).scan()
+
+
+def _preset(name: str, thresholds: Mapping[str, float]) -> tuple[Preset, Limits]:
+    if name not in PRESETS:
+        raise ConfigError(f"There is no preset {name!r}; there are {nearest(name, PRESETS)}.")
+    found = PRESETS[name]
+    for key, value in thresholds.items():
+        if key not in found.limits:
+            known = nearest(key, found.limits)
+            raise ConfigError(f"The preset {name} has no threshold {key!r}; it has {known}.")
+        if not (math.isfinite(value) and value > 0):
+            raise ConfigError(f"A threshold is a number above 0, and {key}={value} is none.")
+    return found, {**found.limits, **thresholds}

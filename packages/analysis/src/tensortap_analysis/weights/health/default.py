@@ -1,0 +1,146 @@
+"""The rules that judge what a metric can tell, for the shape and dtype it was measured in.
+
+They differ from the older guide's thresholds (`classic`) where those are wrong:
+
+- A condition number grows with the size: that of a square matrix of independent normal values is
+  around 4.6 times its side (Edelman 1988), so 1e4 is ordinary for a side of 4096. It is judged
+  against that, and not at all where the stored dtype cannot resolve it.
+- At most 1/9 of any values lie beyond 3 standard deviations (Chebyshev), so 10 % hardly ever
+  occurs. Quantisation is judged by the SQNR that int8 with a scale a channel reaches; with one
+  scale for all a perfect normal matrix of 4096 x 4096 has 37.8 dB.
+- A stable rank falls with a single large singular value. What can be compressed is judged by the
+  rank that holds 99 % of the energy.
+- The score is an average over layers, so that it means the same for small and large models.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+from tensortap_analysis.weights.health import peers, values
+from tensortap_analysis.weights.health.issue import Issue, Layer, Limits, Rule, over
+
+LIMITS: Mapping[str, float] = {
+    "condition_ratio": 1000.0,
+    "sqnr_critical": 15.0,
+    "sqnr_warning": 30.0,
+    "sqnr_tensor": 30.0,
+    "energy_rank": 0.25,
+    "rank": 0.95,
+    **values.LIMITS,
+    **peers.LIMITS,
+}
+_PENALTY = {"critical": 1.0, "warning": 0.3, "info": 0.0}
+_CAP = 59.0
+"""Where anything is critical, the model is never called good: the average would hide it."""
+
+
+def score(issues: Sequence[Issue], layers: int) -> float:
+    """100 times the mean over layers, each less 1 (critical) or 0.3 (warning) for its worst issue.
+
+    At most 59 where anything is critical.
+    """
+    worst: dict[str, float] = {}
+    for issue in issues:
+        worst[issue.layer] = max(worst.get(issue.layer, 0.0), _PENALTY[issue.severity])
+    found = 100 * (1 - sum(worst.values()) / max(layers, 1))
+    critical = any(issue.severity == "critical" for issue in issues)
+    return max(0.0, min(found, _CAP) if critical else found)
+
+
+def typical_condition(rows: int, columns: int) -> float:
+    """The condition number of a matrix of independent normal values of this shape, about.
+
+    (1 + sqrt(g)) / (1 - sqrt(g)) with g the ratio of the sides (Marchenko and Pastur 1967), up to
+    e^1.537 n for a square one, the exponential of the mean logarithm (Edelman 1988).
+    """
+    small, large = min(rows, columns), max(rows, columns)
+    square = math.exp(1.537) * small
+    ratio = math.sqrt(small / large) if large else 1.0
+    return square if ratio == 1 else min((1 + ratio) / (1 - ratio), square)
+
+
+def _condition(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
+    for layer in layers:
+        value = layer.get("spectral", "condition_number")
+        rows, columns = layer.get("sparsity", "rows"), layer.get("sparsity", "columns")
+        if rows is None and len(layer.facts.shape) > 1:
+            rows, columns = layer.facts.shape[-2:]
+        if value is None or not rows or not columns or layer.zero:
+            continue
+        limit = limits["condition_ratio"] * typical_condition(rows, columns)
+        if value > limit and layer.unresolved("spectral", "condition_number") is None:
+            cause = (
+                f"Its condition number is {value:.3g}, and {typical_condition(rows, columns):.3g} "
+                "is typical of its shape: some directions all but vanish in it."
+            )
+            remedy = (
+                "Keep it in float32 where it is inverted, merged or factorised; look for a "
+                "collapsed head or a learning rate that was too high."
+            )
+            yield Issue(layer.name, "condition", "warning", cause, remedy, value, limit,
+                        over(value, limit))  # fmt: skip
+
+
+def _channel_sqnr(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
+    for layer in layers:
+        value = layer.get("quantization", "sqnr_db_per_channel")
+        if value is None or layer.zero or value >= limits["sqnr_warning"]:
+            continue
+        severe = value < limits["sqnr_critical"]
+        limit = limits["sqnr_critical" if severe else "sqnr_warning"]
+        cause = f"int8 leaves {value:.1f} dB even with a scale for each channel."
+        remedy = (
+            "Keep it in bfloat16, or use a format with small blocks; --recommend quant says which."
+        )
+        yield Issue(layer.name, "sqnr", "critical" if severe else "warning", cause, remedy,
+                    value, limit, 10 ** ((limit - value) / 20))  # fmt: skip
+
+
+def _tensor_sqnr(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
+    limit = limits["sqnr_tensor"]
+    for layer in layers:
+        value = layer.get("quantization", "sqnr_db")
+        channel = layer.get("quantization", "sqnr_db_per_channel")
+        if value is None or channel is None or value >= limit or channel < limits["sqnr_warning"]:
+            continue
+        cause = f"int8 leaves {value:.1f} dB with one scale, {channel:.1f} dB with one a channel."
+        remedy = "Quantise it per channel, or in blocks."
+        yield Issue(layer.name, "sqnr_tensor", "info", cause, remedy, value, limit,
+                    10 ** ((limit - value) / 20))  # fmt: skip
+
+
+def _redundancy(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
+    for layer in layers:
+        rank, full = layer.get("spectral", "energy_rank_99"), layer.get("spectral", "full_rank")
+        if rank is None or not full or layer.zero or rank / full >= limits["energy_rank"]:
+            continue
+        cause = f"{rank} of its {full} directions hold 99 % of its energy."
+        remedy = "A factorisation would be smaller: --recommend compress says how much."
+        limit = limits["energy_rank"]
+        yield Issue(layer.name, "redundancy", "info", cause, remedy, rank / full, limit,
+                    over(limit, rank / full))  # fmt: skip
+
+
+def _deficiency(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
+    for layer in layers:
+        rank, full = layer.get("spectral", "total_rank"), layer.get("spectral", "full_rank")
+        if rank is None or not full or layer.zero or rank / full >= limits["rank"]:
+            continue
+        cause = f"Its rank is {rank} of {full}: the rest is rounding."
+        remedy = "Expected of merged or pruned weights; else look for dead or copied rows."
+        limit = limits["rank"]
+        yield Issue(layer.name, "rank", "info", cause, remedy, rank / full, limit,
+                    over(limit, rank / full))  # fmt: skip
+
+
+RULES: Mapping[str, Rule] = {
+    **values.RULES,
+    "condition": _condition,
+    "sqnr": _channel_sqnr,
+    "sqnr_tensor": _tensor_sqnr,
+    "norm": peers.norms,
+    "rank": _deficiency,
+    "redundancy": _redundancy,
+}

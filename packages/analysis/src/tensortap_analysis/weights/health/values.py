@@ -1,0 +1,100 @@
+"""Rules about values one by one: NaN, zeros, dead rows, values at the end of their dtype."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+
+from tensortap_analysis.weights.health.issue import Issue, Layer, Limits, Rule, Severity, over
+
+LIMITS: Mapping[str, float] = {"dead": 0.1, "range": 0.5}
+_NARROW = ("float16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
+
+
+def _not_finite(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
+    for layer in layers:
+        nan, inf = layer.get("norms", "nan"), layer.get("norms", "inf")
+        if not nan and not inf:
+            continue
+        cause = f"It holds {nan or 0:,} NaN and {inf or 0:,} infinities: every output is lost."
+        remedy = "Go back to the checkpoint before; find the step where its gradient overflowed."
+        yield Issue(layer.name, "not finite", "critical", cause, remedy, nan + inf, 0.0, math.inf)
+
+
+def _zero(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
+    for layer in layers:
+        if layer.vector or not layer.zero or not layer.facts.numel:
+            continue
+        if "lora_b" in layer.name.lower():
+            cause = "All its values are 0, as before the first step of a LoRA."
+            yield Issue(layer.name, "zero", "info", cause, "Was the adapter trained at all?")
+        else:
+            cause = "All its values are 0: nothing passes through it."
+            remedy = "Was it loaded, and initialised? Compare names with those of the model."
+            yield Issue(layer.name, "zero", "critical", cause, remedy, 0.0, 0.0, math.inf)
+
+
+def _dead(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
+    for layer in layers:
+        if layer.vector or layer.zero:
+            continue
+        for what, axis in (("dead_rows", "rows"), ("dead_columns", "columns")):
+            count, of = layer.get("sparsity", what), layer.get("sparsity", axis)
+            if count and of:
+                yield _dead_issue(layer, what, count, of * layer.count, limits["dead"])
+
+
+def _dead_issue(layer: Layer, what: str, count: int, of: int, limit: float) -> Issue:
+    share, rule = count / of, what.replace("_", " ")
+    embedding = layer.facts.kind == "embedding"
+    severity: Severity = "warning" if share > limit and not embedding else "info"
+    if what == "dead_columns":
+        means = "inputs that it never looks at"
+        remedy = "Prune them here, and the rows that make them in the layer before."
+    elif embedding:
+        means = "tokens without a vector"
+        remedy = "Padding of the vocabulary is fine; tokens in use are not."
+    else:
+        means = "outputs that are always the bias"
+        remedy = "Prune them with the columns that read them, or lower the learning rate earlier."
+    cause = f"{count:,} of {of:,} {what.removeprefix('dead_')} are all 0: {means}."
+    return Issue(layer.name, rule, severity, cause, remedy, share, limit, over(share, limit))
+
+
+def _copied(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
+    for layer in layers:
+        count, rows = layer.get("sparsity", "duplicated_rows"), layer.get("sparsity", "rows")
+        if layer.vector or layer.zero or not count or not rows:
+            continue
+        cause = f"{count:,} of {rows * layer.count:,} rows equal another one, bit for bit."
+        remedy = "Tokens never seen in training, or units that were copied; they can be merged."
+        share = count / (rows * layer.count)
+        yield Issue(layer.name, "copied rows", "info", cause, remedy, share, 0.0, 1 + share)
+
+
+def _range(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
+    """Values near the largest that the stored dtype has: some may have been cut off there."""
+    for layer in layers:
+        value = layer.get("norms", "max")
+        if value is None or layer.facts.dtype not in _NARROW or layer.facts.note is not None:
+            continue
+        largest = torch.finfo(getattr(torch, layer.facts.dtype)).max
+        limit = limits["range"] * largest
+        if value > limit:
+            cause = (
+                f"Its largest value is {value:.3g}, and {layer.facts.dtype} ends at {largest:g}."
+            )
+            remedy = "Look whether values were clipped when it was converted; bfloat16 has room."
+            yield Issue(layer.name, "range", "warning", cause, remedy, value, limit,
+                        over(value, limit))  # fmt: skip
+
+
+RULES: Mapping[str, Rule] = {
+    "not finite": _not_finite,
+    "zero": _zero,
+    "dead": _dead,
+    "copied rows": _copied,
+    "range": _range,
+}
