@@ -13,7 +13,7 @@ activation. Bias, norms, attention products, convolutions and scans stay as they
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,10 +22,10 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from tensortap.errors import NotSupported
+from tensortap.errors import NotSupported, SelectionError
 from tensortap.formats import Codec
 from tensortap.integration import Call
-from tensortap.selection import Selection
+from tensortap.selection import Selection, closest
 from tensortap.undo import Undo
 from tensortap_hf import integration, mixer, naming
 from tensortap_hf.modes import operands
@@ -37,6 +37,12 @@ EXCLUDED = {
     "router": "a router decides which experts run; it stays in the precision of the model",
 }
 """Last words of canonical names that are never quantised -> why."""
+
+_PRODUCTS: Mapping[str, str] = {
+    "transformers.pytorch_utils.Conv1D": "in out",
+    "transformers.models.falcon.modeling_falcon.FalconLinear": "out in",
+}
+"""Classes with a forward of their own that computes the same -> the axes of their weight."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,6 +60,7 @@ def quantize(model: nn.Module, undo: Undo, codec: Codec, exclude: tuple[str, ...
     Raises `NotSupported` where nothing can be quantised, or a layer's forward is not its own.
     """
     found = list(targets(model, exclude))
+    _refuse_dead(exclude, found)
     chosen = [target for target in found if target.kept is None]
     if not chosen:
         raise NotSupported(f"{type(model).__name__} has no linear layer to quantise: {_why(found)}")
@@ -68,7 +75,7 @@ def targets(model: nn.Module, exclude: tuple[str, ...] = ()) -> Iterator[Target]
     """Every module that multiplies a weight of its own, in the order of `named_modules`."""
     config = integration.pretrained(model)[0].config
     named = naming.named(model, config)
-    excluded = Selection.parse(exclude) if exclude else None
+    excluded = Selection.parse(",".join(exclude)) if exclude else None
     uncalled = _uncalled(found.module for found in named)
     for found in named:
         why = _unfit(found.module)
@@ -159,9 +166,7 @@ def _product_of(module: nn.Module) -> str | None:
     kind = type(module)
     if isinstance(module, nn.Linear) and kind.forward is nn.Linear.forward:
         return "out in"
-    if kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
-        return "in out"
-    return None
+    return _PRODUCTS.get(f"{kind.__module__}.{kind.__name__}")
 
 
 def _unfit(module: nn.Module) -> str | None:
@@ -202,6 +207,19 @@ def _uncalled(modules: Iterator[nn.Module]) -> Mapping[nn.Module, str]:
         for key, child in module.named_children()
         if mixer.superseded(module, key) is not None
     }
+
+
+def _refuse_dead(exclude: tuple[str, ...], found: Sequence[Target]) -> None:
+    """An exclusion that matches nothing is most likely a typo."""
+    names = [target.name for target in found]
+    dead = (
+        Selection.parse(",".join(exclude)).dead([f"{name}/" for name in names], ())
+        if exclude
+        else []
+    )
+    if dead:
+        near = ", ".join(closest(dead[0], names))
+        raise SelectionError(f"exclude: {dead[0]!r} matches no linear layer; nearest: {near}.")
 
 
 def _refuse_replaced(target: Target) -> None:

@@ -87,7 +87,7 @@ class Family:
 
 _FAMILIES: dict[str, Family] = {}
 _MODES: dict[str, dict[str, Mode]] = {}
-_BUILT_IN = ("tensortap_hf.modes.generic",)
+_BUILT_IN = ("tensortap_hf.modes.generic", "tensortap_hf.quamba.modes")
 """Each has a `FAMILY` and its `MODES`; imported when the first mode is asked for."""
 
 
