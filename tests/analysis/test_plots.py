@@ -15,7 +15,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import tensortap
 from tensortap import open_run
-from tensortap.cli import main
 from tensortap.names import TensorName
 from tensortap_analysis.plots import attention, gradients
 from tensortap_analysis.plots.files import picture
@@ -67,19 +66,6 @@ def runs(tmp_path_factory):
     train(llama("eager").to(torch.bfloat16), folder / "bf16", values="full")
     train(llama("sdpa"), folder / "stats", values="stats", exponents=True)
     return folder
-
-
-@pytest.fixture
-def cli(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr("sys.argv", ["tensortap", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        printed = capsys.readouterr()
-        assert "Traceback" not in printed.out + printed.err
-        return stopped.value.code or 0, printed.out, printed.err
-
-    return run
 
 
 def assert_is_a_picture(path):

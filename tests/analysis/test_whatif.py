@@ -13,7 +13,6 @@ import torch
 
 import tensortap
 from tensortap import RunDirectorySink
-from tensortap.cli import main
 from tensortap.errors import ConfigError
 from tensortap.names import TensorName
 from tensortap.records import Coordinates, Placement, RunInfo, TensorRecord
@@ -261,19 +260,6 @@ def test_boxes_cover_the_shape_once_in_order_and_keep_an_axis_whole():
         assert numbers[part].numel() <= 25
     assert (seen == 1).all()
     assert order == list(range(210))
-
-
-@pytest.fixture
-def cli(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr("sys.argv", ["tensortap", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        printed = capsys.readouterr()
-        assert "Traceback" not in printed.out + printed.err
-        return stopped.value.code or 0, printed.out, printed.err
-
-    return run
 
 
 @pytest.fixture
