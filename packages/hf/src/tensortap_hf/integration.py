@@ -48,6 +48,7 @@ class HuggingFace:
         modules = named(model, config)
         taken = {found.name for found in modules}
         silent = _silent(modules)
+        replaced = _replaced(modules)
         sites: list[Site] = []
         for found in modules:
             dims = axes(found.name, found.module, config)
@@ -56,6 +57,7 @@ class HuggingFace:
                     found.name,
                     found.native,
                     found.module,
+                    tensors=() if found.module in replaced else ("input", "output"),
                     dims=dims,
                     placement=fused.placement(found.name, found.module, config),
                     silent=silent.get(found.module),
@@ -138,13 +140,16 @@ def _functions(found: Named, taken: set[str]) -> Iterator[Site]:
             dims=attention.DIMS,
             silent=_unreachable(found.module),
         )
-    for word in mixer.sites_of(found.module):
+    for word, tensors in mixer.sites_of(found.module).items():
+        name, native = f"{found.name}.{word}", f"{found.native}.{word}"
+        replaces = mixer.replacement(found.module) is not None and hasattr(found.module, word)
         yield Site(
-            claim(taken, f"{found.name}.{word}", f"{found.native}.{word}"),
+            name if replaces else claim(taken, name, native),
             f"{found.native}:{word}",
             found.module,
             kind="function",
-            tensors=mixer.TENSORS[word],
+            tensors=tensors,
+            forward_only=() if mixer.replacement(found.module) is None else tensors,
         )
 
 
@@ -170,6 +175,17 @@ def _silent(modules: Sequence[Named]) -> Mapping[nn.Module, str]:
         for found in modules
         for key, child in found.module.named_children()
         if (site := mixer.superseded(found.module, key)) is not None
+    }
+
+
+def _replaced(modules: Sequence[Named]) -> set[nn.Module]:
+    """Modules in whose place the forward of a mode computes, and reports."""
+    return {
+        child
+        for found in modules
+        if (forward := mixer.replacement(found.module)) is not None
+        for word, child in found.module.named_children()
+        if word in forward.tensors
     }
 
 

@@ -105,17 +105,36 @@ TENSORS: Mapping[str, tuple[str, ...]] = {
 _NEVER_CALLED = {"conv1d": "conv", "act": "conv", "dt_proj": "scan"}
 
 
-def sites_of(module: nn.Module) -> list[str]:
-    """Which of `conv` and `scan` the class of a module calls as functions."""
+class Replacement:
+    """Stands in for `forward` of one mixer, and reports what it computes through `report`."""
+
+    tensors: Mapping[str, tuple[str, ...]]
+    """Sites it reports -> their tensors. A site called like a child takes the child's place."""
+
+
+def replacement(module: nn.Module) -> Replacement | None:
+    """What the forward of a mixer was replaced by; `None`: it has its own."""
+    found = vars(module).get("forward")
+    return found if isinstance(found, Replacement) else None
+
+
+def sites_of(module: nn.Module) -> Mapping[str, tuple[str, ...]]:
+    """The function sites of a mixer, `conv` and `scan`, and their tensors."""
+    replaced = replacement(module)
+    if replaced is not None:
+        return replaced.tensors
     used = {FUNCTIONS[word].site for word in bytecode.words(type(module)) & FUNCTIONS.keys()}
-    return [site for site in TENSORS if site in used]
+    return {site: tensors for site, tensors in TENSORS.items() if site in used}
 
 
 def superseded(module: nn.Module, child: str) -> str | None:
     """The function site that stands in for a child whose hooks never fire."""
+    sites = sites_of(module)
     site = _NEVER_CALLED.get(child)
-    used = site in sites_of(module) and bytecode.never_calls(type(module), child)
-    return site if used else None
+    if site not in sites or child in sites:
+        return None
+    never = replacement(module) is not None or bytecode.never_calls(type(module), child)
+    return site if never else None
 
 
 @dataclass(eq=False, slots=True)
@@ -154,6 +173,16 @@ def install(mixer: nn.Module, sites: list[Site], observer: Observer, undo: Undo)
     for word in bytecode.words(type(mixer)) & {*FUNCTIONS, *FUSED}:
         for names in bytecode.namespaces(type(mixer), word):
             _patch(names, word).acquire(undo)
+
+
+@outside_graph
+def report(site: str) -> Call | None:
+    """Begin a call of a site of the mixer whose forward this thread is in; `None`: unwanted."""
+    if not _INSIDE.mixers:
+        return None
+    tapped = _INSIDE.mixers[-1]
+    found = tapped.sites.get(site)
+    return None if found is None else tapped.observer.enter(found)
 
 
 def _patch(names: dict[str, Any], word: str) -> SharedPatch:
@@ -195,11 +224,7 @@ def observed(original: Callable[..., Any], function: Function) -> Callable[..., 
 
 @outside_graph
 def _begin(function: Function, arguments: Mapping[str, Any]) -> Call | None:
-    if not _INSIDE.mixers:
-        return None
-    tapped = _INSIDE.mixers[-1]
-    site = tapped.sites.get(function.site)
-    call = None if site is None else tapped.observer.enter(site)
+    call = report(function.site)
     if call is not None:
         values = {name: arguments.get(key) for name, key in function.arguments.items()}
         call.capture(values, dims=function.dims)
