@@ -42,7 +42,7 @@ def decode_line(line: bytes) -> dict[str, Any]:
 def parse_object(text: bytes) -> dict[str, Any]:
     """Parse a JSON object from bytes nobody vouches for; raises `ValueError` only."""
     try:
-        value = json.loads(text, parse_constant=_refuse)
+        value = _decode(text.decode())
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if not isinstance(value, dict):
@@ -52,3 +52,6 @@ def parse_object(text: bytes) -> dict[str, Any]:
 
 def _refuse(word: str) -> Any:
     raise ValueError(f"{word} is not JSON")
+
+
+_decode = json.JSONDecoder(parse_constant=_refuse).decode

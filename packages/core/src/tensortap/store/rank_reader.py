@@ -25,7 +25,7 @@ from tensortap.store.layout import COVERAGE, INDEX, RANK, RECORDS, open_regular
 from tensortap.store.lines import MAX_LINE
 from tensortap.store.mapping import map_bytes
 from tensortap.store.rows import BAD, pack_row, same_row
-from tensortap.store.scan import decode_of_rank, lines_of
+from tensortap.store.scan import Window, decode_of_rank, lines_of
 
 
 class StaleIndex(RunCorrupt):
@@ -42,6 +42,7 @@ class RankReader:
         self._problems: dict[str, None] = {}  # a set that keeps the order
         self._index: Index | None = None
         self._rebuilt = False
+        self._lines = Window(self._opened)
         self.size = self._measure()
         self.live = is_locked(directory / RECORDS) if live is None else live
         self._state = self._read_state()
@@ -242,8 +243,7 @@ class RankReader:
         # With the byte before it: a row is only about a line if newlines are around it.
         before = min(int(row["offset"]), 1)
         size = int(row["length"])
-        with self._opened() as descriptor:
-            text = os.pread(descriptor, before + size, int(row["offset"]) - before)
+        text = self._lines.read(int(row["offset"]) - before, before + size)
         line = text[before:]
         if text[:before] not in (b"", b"\n") or line.find(b"\n") != size - 1:
             raise self._stale(row)
@@ -254,24 +254,28 @@ class RankReader:
         ref = record.payload
         if ref is None:
             raise RunError(f"{record.name} has no payload in {self.directory}.")
-        path = self.directory / ref.shard
-        where = f"{path}: {record.name}, bytes {ref.offset} to {ref.offset + ref.nbytes}"
         stored = STORED.get(record.dtype)
-        if stored is None:
-            raise NotSupported(f"{where}: torch {torch.__version__} has no dtype {record.dtype}.")
         try:
-            raw = map_bytes(path, ref.offset, ref.offset + ref.nbytes)
-        except FileNotFoundError:
-            raise RunCorrupt(f"{where}: the file is missing.") from None
-        except RunError as failure:
-            raise type(failure)(f"{where}: {failure}") from failure
-        if verify and xxh3_128_hexdigest(raw.numpy().data) != ref.digest:
-            raise RunCorrupt(f"{where}: the bytes do not match their digest.")
-        try:
+            if stored is None:
+                raise NotSupported(f"torch {torch.__version__} has no dtype {record.dtype}.")
+            raw = map_bytes(self.directory / ref.shard, ref.offset, ref.offset + ref.nbytes)
+            if verify and xxh3_128_hexdigest(raw.numpy().data) != ref.digest:
+                raise RunCorrupt("the bytes do not match their digest.")
             typed: torch.Tensor = raw.view(stored.torch)
             return typed.view(payload_shape(record))
+        except FileNotFoundError:
+            raise RunCorrupt(f"{self._where(record)}: the file is missing.") from None
+        except (RunError, NotSupported) as failure:
+            raise type(failure)(f"{self._where(record)}: {failure}") from failure
         except RuntimeError as failure:
-            raise RunCorrupt(f"{where}: {str(failure).splitlines()[0]}.") from failure
+            first = str(failure).splitlines()[0]
+            raise RunCorrupt(f"{self._where(record)}: {first}.") from failure
+
+    def _where(self, record: TensorRecord) -> str:
+        ref = record.payload
+        assert ref is not None
+        last = ref.offset + ref.nbytes
+        return f"{self.directory / ref.shard}: {record.name}, bytes {ref.offset} to {last}"
 
     def coverage(self) -> dict[str, Any] | None:
         """The coverage report of this rank, or `None`; raises `RunCorrupt`."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from tensortap.records import TensorRecord
@@ -11,6 +12,7 @@ from tensortap.store.codec import decode_record
 from tensortap.store.lines import MAX_LINE, decode_line
 
 _CHUNK = 4 << 20
+_WINDOW = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,3 +52,23 @@ def lines_of(descriptor: int, start: int, size: int) -> Iterator[Line]:
         if len(head) <= MAX_LINE:
             head += chunk[begin:]
         position += len(chunk)
+
+
+class Window:
+    """Bytes of a file, with those that follow them: records in a row are read at once.
+
+    `opened` gives a descriptor, which is not kept.
+    """
+
+    def __init__(self, opened: Callable[[], AbstractContextManager[int]]) -> None:
+        self._opened = opened
+        self._held = (0, b"")
+
+    def read(self, start: int, size: int) -> bytes:
+        """`size` bytes from `start`, or what there is of them."""
+        first, text = self._held
+        if not first <= start <= first + len(text) - size:
+            with self._opened() as descriptor:
+                first, text = start, os.pread(descriptor, max(size, _WINDOW), start)
+            self._held = first, text
+        return text[start - first : start - first + size]
