@@ -59,34 +59,39 @@ class Scope:
         select: str | Iterable[str] = "*",
         parallel: bool | int = False,
         options: Options | None = None,
-        journal: str | os.PathLike[str] | None = None,
+        output: str | os.PathLike[str] | None = None,
         progress: Progress = lambda done, total: None,
     ) -> ScanResult:
         """Measure the selected weights by `methods` (`"all"`, or some of `METHODS`).
 
         `parallel`: how many workers, `True` for one a core; the numbers do not depend on it. Each
-        holds one weight at a time. With `journal`, a path, an interrupted scan of the same files
-        goes on where it was; the file is removed at the end. Raises `ConfigError`,
-        `SelectionError`, and `CheckpointError` for a file that turns out to be broken.
+        holds one weight at a time. With `output` the result is saved there, and until then a
+        journal beside it: an interrupted scan of the same files goes on where it was. `progress`
+        gets bytes done and bytes in all. Raises `ConfigError`, `SelectionError`, and
+        `CheckpointError` for a file that turns out to be broken.
         """
         names, options = chosen_methods(methods), options or Options()
         weights = self.weights(select)
         todo = [weight for weight in weights if methods_of(weight, names)]
-        with self._journal(journal, names, options) as log:
+        with self._journal(output, names, options) as log:
             found = _measure(todo, names, options, parallel, log, progress)
             result = _result(self._source, weights, names, options, found)
+        if output is not None:
+            result.save(output)
         if log is not None:
             log.discard()
         return result
 
     def _journal(
-        self, path: str | os.PathLike[str] | None, methods: tuple[str, ...], options: Options
+        self, output: str | os.PathLike[str] | None, methods: tuple[str, ...], options: Options
     ) -> Journal | nullcontext[None]:
-        if path is None:
+        """Beside the output; a live module has none, for nobody knows whether it is the same."""
+        if output is None or not self._source.identity:
             return nullcontext()
-        if not self._source.identity:
-            raise ConfigError("A live module has no files: its scan cannot be continued later.")
-        return Journal(Path(path), key_of(self._source, methods, options))
+        folder = Path(output).parent
+        if not folder.is_dir():
+            raise ConfigError(f"The scan cannot be saved as {output}: there is no folder {folder}.")
+        return Journal(Path(f"{output}.journal"), key_of(self._source, methods, options))
 
 
 def _measure(

@@ -21,6 +21,7 @@ from tensortap_analysis.weights.health.issue import (
     Severity,
     layers_of,
 )
+from tensortap_analysis.weights.options import METHODS
 from tensortap_analysis.weights.result import ScanResult, encoded
 from tensortap_analysis.weights.scope import Scope
 
@@ -46,7 +47,8 @@ PRESETS: Mapping[str, Preset] = {
 class Health:
     """Issues, the worst first within each severity, and the score they make.
 
-    `unresolved` counts the layers whose condition number the stored dtype cannot resolve.
+    `unresolved` counts the layers whose condition number the stored dtype cannot resolve,
+    `unmeasured` names the methods that the scan was without: their rules found nothing to judge.
     """
 
     score: float
@@ -54,6 +56,7 @@ class Health:
     preset: str
     layers: int
     unresolved: int = 0
+    unmeasured: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> str:
@@ -75,6 +78,7 @@ class Health:
             "verdict": self.verdict,
             "layers": self.layers,
             "unresolved_condition_numbers": self.unresolved,
+            "unmeasured": list(self.unmeasured),
             "issues": {
                 severity: [encoded(asdict(issue)) for issue in issues]
                 for severity, issues in self.issues.items()
@@ -102,6 +106,7 @@ def health(
         unresolved=sum(
             layer.unresolved("spectral", "condition_number") is not None for layer in matrices
         ),
+        unmeasured=tuple(name for name in METHODS if name not in result.methods),
     )
 
 

@@ -1,0 +1,1 @@
+"""`tensortap scan`: weights of a checkpoint measured, judged and shown."""

@@ -1,0 +1,184 @@
+"""`tensortap scan`: which weights of a checkpoint are sick."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from tensortap import formats as known
+from tensortap.errors import ConfigError
+from tensortap.tables import print_whole
+from tensortap_analysis.weights.command.tables import (
+    document,
+    health_lines,
+    layer_table,
+    shown,
+    skipped_lines,
+)
+from tensortap_analysis.weights.health import SEVERITIES, Health, health
+from tensortap_analysis.weights.options import Options
+from tensortap_analysis.weights.result import ScanResult
+from tensortap_analysis.weights.scope import Scope
+
+_err = Console(stderr=True)
+
+
+def scan(
+    model: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="A .safetensors or torch.save file, a Hugging Face, DCP or Megatron folder, or a "
+            "hub name that is in the local cache.",
+        ),
+    ] = None,
+    methods: Annotated[
+        str, typer.Option(help="all, or some of spectral,quantization,sparsity,norms.")
+    ] = "all",
+    select: Annotated[str, typer.Option(help="Layers: globs with commas, ! excludes.")] = "*",
+    parallel: Annotated[
+        bool, typer.Option("--parallel", help="Use every core, or as many as: --parallel 4.")
+    ] = False,
+    formats: Annotated[
+        str, typer.Option(help="Formats to find the SQNR of, with commas between them.")
+    ] = ",".join(known.names()),
+    full_spectrum: Annotated[
+        bool, typer.Option("--full-spectrum", help="Keep all singular values.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="Save the scan; when interrupted, it goes on from here.")
+    ] = None,
+    saved: Annotated[
+        Path | None, typer.Option("--from", help="A saved scan; no weights are needed.")
+    ] = None,
+    health_only: Annotated[
+        bool, typer.Option("--health", help="Print only what is wrong, all of it.")
+    ] = False,
+    preset: Annotated[str, typer.Option(help="What counts as wrong: default or classic.")] = (
+        "default"
+    ),
+    threshold: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="Replace a limit: sqnr_warning=25."),
+    ] = None,
+    fail_on: Annotated[
+        str | None, typer.Option(help="Exit 1 on an issue of critical, warning or info.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=0, help="Layers to print; 0 prints all.")] = 60,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Measure every weight of a checkpoint: spectrum, quantisation, zeros, norms; and judge them.
+
+    It needs no model code and no data, and holds a few tensors at a time. Exit code: 0 scanned,
+    1 an issue of the severity that --fail-on names, 2 it could not be done.
+    """
+    limits = dict(_limit(text) for text in threshold or ())
+    if fail_on is not None and fail_on not in SEVERITIES:
+        raise ConfigError(f"--fail-on {fail_on} is none of {', '.join(SEVERITIES)}.")
+    words, workers = _workers(model or [], parallel)
+    if saved is not None:
+        result = _loaded(saved, words)
+    else:
+        options = Options(_words(formats), full_spectrum)
+        result = _scanned(words, methods, select, workers, options, output)
+    found = health(result, preset, limits)
+    if as_json:
+        sys.stdout.write(json.dumps(document(result, found), indent=1) + "\n")
+    else:
+        _print(result, found, limit, health_only)
+    failed = any(found.at_least(one) for one in SEVERITIES if one == fail_on)
+    raise typer.Exit(1 if failed else 0)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _limit(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    try:
+        return name.strip(), float(value)
+    except ValueError:
+        raise ConfigError(
+            f"--threshold {text} is not NAME=VALUE, for example sqnr_warning=25."
+        ) from None
+
+
+def _workers(words: list[str], parallel: bool) -> tuple[list[str], bool | int]:
+    """`--parallel` may be followed by a number, which then stands among the arguments."""
+    numbers = [word for word in words if word.isdecimal()]
+    if not parallel or len(words) < 2 or len(numbers) != 1:
+        return words, parallel
+    return [word for word in words if word not in numbers], int(numbers[0])
+
+
+def _loaded(saved: Path, words: list[str]) -> ScanResult:
+    if words:
+        raise ConfigError("--from shows what was saved; give either it or a model, not both.")
+    return ScanResult.load(saved)
+
+
+def _scanned(
+    words: list[str],
+    methods: str,
+    select: str,
+    workers: bool | int,
+    options: Options,
+    output: Path | None,
+) -> ScanResult:
+    if len(words) != 1:
+        raise ConfigError("scan needs one model: tensortap scan PATH, or --from report.json.")
+    scope = Scope(words[0])
+    with _progress() as progress:
+        return scope.scan(
+            methods,
+            select=select,
+            parallel=workers,
+            options=options,
+            output=output,
+            progress=progress,
+        )
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=_err, transient=True) as progress:
+        task = progress.add_task("scanning", total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _print(result: ScanResult, found: Health, limit: int, health_only: bool) -> None:
+    console = Console(soft_wrap=True, highlight=False)
+    if not health_only:
+        print_whole(layer_table(result, limit), console)
+        if limit and len(result) > limit:
+            console.print(f"… and {len(result) - limit:,} more layers: raise --limit.")
+        for line in skipped_lines(result.skipped):
+            console.print(line, style="dim")
+        for note in result.notes:
+            console.print(note, style="yellow", markup=False)
+    console.print(
+        f"{len(result):,} matrices, {len(result.vectors):,} vectors, "
+        f"{result.parameters:,} values of [bold]{shown(result.source)}[/]"
+    )
+    for line in health_lines(found, 0 if health_only else 5):
+        console.print(line)
