@@ -169,6 +169,18 @@ def test_dead_rows_of_a_tall_matrix_count_once_fewer_than_its_columns_are_left()
     assert found["spectrum"][:30] == pytest.approx(left, rel=1e-6)
 
 
+def test_the_error_each_rank_leaves_is_that_of_the_truncated_decomposition() -> None:
+    values = with_spectrum(60, 33, np.geomspace(1, 1e-6, 33))
+    matrix = stored(values, torch.float64)
+    u, s, v = np.linalg.svd(as_stored(matrix), full_matrices=False)
+    found = spectral(matrix)["rank_errors"]
+    assert list(found) == ["1", "2", "4", "8", "16", "32"]
+    for rank, error in found.items():
+        low = (u[:, : int(rank)] * s[: int(rank)]) @ v[: int(rank)]
+        expected = np.linalg.norm(as_stored(matrix) - low) / np.linalg.norm(as_stored(matrix))
+        assert error == pytest.approx(expected, rel=1e-6)
+
+
 def test_equal_rows_leave_a_condition_number_that_no_dtype_resolves() -> None:
     values = gaussian(40, 90)
     values[5] = values[6]

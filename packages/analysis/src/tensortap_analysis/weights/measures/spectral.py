@@ -17,7 +17,7 @@ Doubles = npt.NDArray[np.float64]
 _METRICS = (
     "s_max", "s_min", "spectral_norm", "condition_number", "condition_number_at_least",
     "resolution", "stable_rank", "total_rank", "rank_tolerance", "effective_rank",
-    "energy_rank_90", "energy_rank_99",
+    "energy_rank_90", "energy_rank_99", "rank_errors",
 )  # fmt: skip
 
 
@@ -30,7 +30,8 @@ def spectral(facts: Facts, options: Options) -> dict[str, Any]:
     `rank_tolerance`, which is the resolution. `stable_rank`: ||W||_F^2 / s_max^2.
     `effective_rank`: exp(entropy) of the singular values over their sum (Roy and Vetterli, The
     effective rank, EUSIPCO 2007). `energy_rank_90`: the fewest singular values whose squares hold
-    90 % of their sum. `spectral_norm` is s_max.
+    90 % of their sum. `rank_errors`: the error ||W - W_r||_F / ||W||_F of the best approximation
+    of rank r (Eckart and Young), for powers of two. `spectral_norm` is s_max.
     """
     full = {"full_rank": min(facts.matrix.shape)}
     if facts.unusable is not None:
@@ -85,12 +86,16 @@ def _ranks(values: Doubles, reach: float) -> dict[str, Any]:
     present = shares[shares > 0]
     squares = np.square(values / values[0])
     energy = np.cumsum(squares) / squares.sum()
+    # From the smallest up: the tail of a low rank is not lost in the sum of all.
+    left = np.sqrt(np.cumsum(squares[::-1])[::-1] / squares.sum())
+    ranks = [1 << power for power in range(len(values).bit_length()) if 1 << power < len(values)]
     return {
         "stable_rank": float(squares.sum()),
         "total_rank": int((values > reach).sum()),
         "effective_rank": math.exp(-float((present * np.log(present)).sum())),
         "energy_rank_90": int(np.searchsorted(energy, 0.90)) + 1,
         "energy_rank_99": int(np.searchsorted(energy, 0.99)) + 1,
+        "rank_errors": {str(rank): float(left[rank]) for rank in ranks},
     }
 
 
@@ -100,7 +105,10 @@ def _of_zeros(reason: str) -> dict[str, Any]:
         ("s_max", "s_min", "spectral_norm", "resolution", "rank_tolerance"), 0.0
     )
     counts = dict.fromkeys(("total_rank", "energy_rank_90", "energy_rank_99"), 0)
-    ratios = ("condition_number", "condition_number_at_least", "stable_rank", "effective_rank")
+    ratios = (
+        "condition_number", "condition_number_at_least", "stable_rank", "effective_rank",
+        "rank_errors",
+    )  # fmt: skip
     return lengths | counts | nothing(ratios, reason)
 
 
