@@ -67,7 +67,8 @@ def capture(
         {"command": arguments + [word for one in exclude or () for word in ("--exclude", one)]},
     )  # fmt: skip
     _warn(plan, samples)
-    with printing.progress_of(len(chosen) * len(read.ids), "capturing") as progress:
+    work = len(chosen) * len(read.ids) + calibration.work(chosen)
+    with printing.progress_of(work, "capturing") as progress:
         outcomes = capture_all(plan, chosen, out, progress, overwrite=overwrite)
     equal = _equalities(out, outcomes)
     if as_json:

@@ -23,7 +23,7 @@ from tensortap_hf.command.samples import Samples
 from tensortap_hf.modes import Mode
 
 Progress = Callable[[str], None]
-"""Called before each forward, and before calibration, with what is done now."""
+"""Called at each forward, of calibration as well, with what is done now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +59,19 @@ class Calibration:
         if calibrate is None:
             return ids
         if mode.family not in self._done:
-            progress(f"calibrating {mode.family}")
+            said = f"calibrating {mode.family}"
             options = {} if self.alpha is None else {"percentile_alpha": self.alpha}
             with torch.no_grad():
-                self._done[mode.family] = calibrate(model, ids, **options)
+                self._done[mode.family] = calibrate(
+                    model, ids, progress=lambda done: progress(f"{said}, sample {done}"), **options
+                )
         return self._done[mode.family]
+
+    def work(self, chosen: Sequence[Mode]) -> int:
+        """How often `of` reports progress for these modes."""
+        needy = {mode.family for mode in chosen if mode.needs_calibration}
+        counted = [name for name in needy if modes.family(name).calibrate is not None]
+        return len(counted) * len(self.samples.ids)
 
 
 @dataclass(frozen=True, slots=True)

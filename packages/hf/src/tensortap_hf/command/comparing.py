@@ -19,12 +19,6 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str], None]
 
-_RESIDUAL = re.compile(
-    r"(.*\.)?(embed/forward/output|layers\.\d+/forward/(in|out)put"
-    r"|layers\.\d+\.mixer/forward/output|layers\.\d+\.norm/forward/input|final_norm/forward/input)"
-)
-"""What lies in the residual stream, so that a rotation of it can be taken back."""
-
 
 def require_analysis() -> None:
     """Raise unless tensortap-analysis, which measures, is installed."""
@@ -75,9 +69,20 @@ class Side:
         if not (self.unrotate and self.one.basis == "rotated"):
             return tensor
         back = modes.family(self.one.family).unrotate
-        if back is None or _RESIDUAL.fullmatch(str(record.name)) is None:
-            raise RunError(f"{record.name} of {self.one.name} cannot be un-rotated.")
+        assert back is not None  # `obstacle` has looked.
         return back(tensor)
+
+    def obstacle(self, name: str) -> str | None:
+        """Why a tensor cannot be had in the model's own basis, if that is asked for."""
+        if not (self.unrotate and self.one.basis == "rotated"):
+            return None
+        known = self.one.family in modes.families()
+        family = modes.family(self.one.family) if known else None
+        if family is None or family.unrotate is None or family.is_residual is None:
+            return f"nothing is known of the rotation of {self.one.name}"
+        if not family.is_residual(name):
+            return "it is not in the residual stream, so its rotation cannot be taken back"
+        return None
 
 
 def compare(ref: ModeRun, other: ModeRun, progress: Progress, *, unrotate: bool) -> Comparison:
@@ -115,6 +120,9 @@ def _pair(name: str, order: int, ref: Side, other: Side) -> Pair | str:
     from tensortap_analysis.moments import Moment
     from tensortap_analysis.pairs import Half, Pair
 
+    obstacle = ref.obstacle(name) or other.obstacle(name)
+    if obstacle is not None:
+        return obstacle
     mine, theirs = ref.samples(name), other.samples(name)
     if mine.keys() != theirs.keys() or not mine:
         return f"{len(mine)} and {len(theirs)} samples of it were captured with their values"

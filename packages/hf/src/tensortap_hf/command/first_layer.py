@@ -89,7 +89,8 @@ def _capture(plan: Plan, chosen: Sequence[Mode]) -> tuple[list[layout.FirstLayer
     """Input and output of each mode, and why modes failed."""
     seen, failed = [], {}
     tensors = layout.choose(plan.layers.names)
-    with printing.progress_of(len(chosen), "capturing") as progress:
+    work = len(chosen) + plan.calibration.work(chosen)
+    with printing.progress_of(work, "capturing") as progress:
         for name, mode in zip(folders(chosen), chosen, strict=True):
             sink = MemorySink()
             try:

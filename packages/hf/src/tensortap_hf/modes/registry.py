@@ -78,11 +78,16 @@ class Family:
     presets: Mapping[str, tuple[str, ...]]
     """`all`, `essential`, `quant_only`, `fp_only` -> names of modes."""
     calibrate: Callable[..., Any] | None = None
-    """`(model, samples, *, percentile_alpha) -> calibration`: done once for all modes."""
+    """`(model, samples, *, percentile_alpha, progress) -> calibration`, once for all modes.
+
+    `progress` is called with the number of samples done.
+    """
     ladder: tuple[tuple[str, str], ...] = ()
     """Pairs (mode, reference) that differ in one thing each."""
     unrotate: Callable[[torch.Tensor], torch.Tensor] | None = None
     """A residual stream in the rotated basis -> the same in the model's own."""
+    is_residual: Callable[[str], bool] | None = None
+    """Does the tensor of this name lie in the residual stream, so that `unrotate` applies?"""
 
 
 _FAMILIES: dict[str, Family] = {}

@@ -103,6 +103,7 @@ FAMILY = Family(
     calibrate=calibrate,
     ladder=(("0", "fp32"), ("2-1", "0"), ("2-2", "2-1"), ("2-4", "2-2")),
     unrotate=rotation.unrotate,
+    is_residual=rotation.is_residual,
 )
 
 MODES = (
