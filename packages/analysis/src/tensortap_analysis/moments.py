@@ -6,13 +6,13 @@ it. `captured` goes through a run, `catalogue` lists it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from tensortap.errors import RunError
-from tensortap.records import TensorRecord, Values
+from tensortap.records import Placement, TensorRecord, Values
 from tensortap.selection import Selection
 from tensortap.store import Run, Table
 from tensortap.store.logical import LogicalTensor
@@ -97,6 +97,13 @@ class Captured:
         """The first of `records`, for what they have in common: dtype, axes, format, stride."""
         found = next(self._read(), None)
         return found or self.records()[0]
+
+    def pieces(self) -> list[TensorRecord]:
+        """`records` without those that hold what another rank holds too."""
+        found: dict[Hashable, TensorRecord] = {}
+        for record in self.records():
+            found.setdefault(place_of(record), record)
+        return list(found.values())
 
     def _read(self) -> Iterator[TensorRecord]:
         for rank, line in self.lines:
@@ -199,6 +206,17 @@ def moments_of(run: Run, names: Collection[str], step: int | None) -> dict[Momen
         moment: Captured(run, moment, found.order, found.values, tuple(found.lines))
         for moment, found in seen.items()
     }
+
+
+def place_of(record: TensorRecord) -> Hashable:
+    """What is equal for copies of a piece on several ranks, at one moment.
+
+    Terms of a sum are no copies, but have one place: what is said of one of them is said of all.
+    """
+    placement = record.placement or Placement()
+    if placement.unknown:
+        return record.at.rank
+    return tuple(sorted((axis, tuple(runs)) for axis, runs in placement.segments.items()))
 
 
 _DETAIL: tuple[Values, ...] = ("stats", "sample", "full")

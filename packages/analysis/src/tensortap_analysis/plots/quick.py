@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 
+from tensortap.records import Statistics
 from tensortap_analysis.plots.samples import Sample
 from tensortap_analysis.plots.style import BLUE, ORANGE, Floats, figure, save, say
 
@@ -43,13 +44,16 @@ class Magnitudes:
         self._count(sample.count)
         self.sampled += sample.every > 1
 
-    def add_exponents(self, exponents: Mapping[int, int], count: int, zero: int) -> None:
-        """Octaves, each spread evenly on the logarithmic axis."""
-        for exponent, many in exponents.items():
-            self.unsigned += _binned(2.0 ** (exponent + (np.arange(8) + 0.5) / 8)) * (many / 8)
-        self.zeros += zero
-        self.strange += count - zero - sum(exponents.values())
-        self._count(count)
+    def add_exponents(self, pieces: Sequence[Statistics]) -> None:
+        """A tensor by the octaves of its pieces, each spread evenly on the logarithmic axis."""
+        for piece in pieces:
+            exponents = piece.exponents or {}
+            for exponent, many in exponents.items():
+                self.unsigned += _binned(2.0 ** (exponent + (np.arange(8) + 0.5) / 8)) * (many / 8)
+            self.zeros += piece.zero
+            self.strange += piece.count - piece.zero - sum(exponents.values())
+        if pieces:
+            self._count(sum(piece.count for piece in pieces))
 
     def _count(self, values: int) -> None:
         self.values += values
@@ -78,7 +82,10 @@ def draw(
     rest = (panels[0, 1], panels[1, 0], panels[1, 1])
     for axes, (what, counts) in zip(rest, shares.items(), strict=True):
         _shares(axes, what, counts)
-    note = f"histogram: {magnitudes.tensors:,} floating-point tensors, each at one moment"
+    note = (
+        f"histogram: {magnitudes.tensors:,} floating-point tensors, each at the last step that has "
+        "it, without masks; shares: of all steps"
+    )
     if magnitudes.sampled:
         note += f"; {magnitudes.sampled:,} of them sampled evenly, and scaled up"
     return save(drawn, path, title, note)
@@ -102,8 +109,8 @@ def _histogram(axes: Axes, found: Magnitudes) -> None:
     axes.set(
         xscale="log",
         yscale="log",
-        title=f"All {found.values:,.0f} values: {found.zeros / max(found.values, 1):.1%} are 0, "
-        f"{found.strange:,.0f} NaN or Inf",
+        title=f"{found.values:,.0f} values at one step: {found.zeros / max(found.values, 1):.1%} "
+        f"are 0, {found.strange:,.0f} NaN or Inf",
         xlabel="magnitude",
         ylabel="values in a tenth of a decade",
     )

@@ -36,19 +36,14 @@ def draw_summaries(drawing: Drawing) -> None:
 
 def _magnitudes(drawing: Drawing) -> quick.Magnitudes:
     sizes = quick.Magnitudes()
-    found = drawing.found
-    whole = {name for name, yes in zip(found.names, found.whole, strict=True) if yes}
-    for name, tensor in drawing.latest.items():
-        if name in whole:
-            continue
+    for name in drawing.found.floating.present:
+        tensor = drawing.latest[name]
         with drawing.noted(name):
             if tensor.values != "stats":
                 sizes.add(sample(tensor, _ALL))
                 continue
-            for record in tensor.records():
-                if record.stats is not None and record.stats.exponents is not None:
-                    stats = record.stats
-                    sizes.add_exponents(record.stats.exponents, stats.count, stats.zero)
+            known = [record.stats for record in tensor.pieces() if record.stats is not None]
+            sizes.add_exponents([stats for stats in known if stats.exponents is not None])
     return sizes
 
 

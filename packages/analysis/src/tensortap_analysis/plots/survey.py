@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from tensortap.store import Run
+from tensortap.store import Run, Table
+from tensortap.store.lookup import dp_rank_of
 from tensortap.store.rows import STATISTICS
+from tensortap_analysis.moments import place_of
 from tensortap_analysis.plots.style import Floats
+from tensortap_analysis.rounding import eps, largest
 
 Numbers = npt.NDArray[np.int64]
 
@@ -20,14 +24,14 @@ Numbers = npt.NDArray[np.int64]
 class Survey:
     """One row for each name and step; microbatches, calls and ranks are merged into it.
 
-    `name` and `step` are positions in `names` and `steps`; `whole` says of each name whether its
-    dtype holds whole numbers only. Statistics are over finite values; a
-    row without any has NaN there.
+    Copies that several ranks hold count once; so do the terms of a sum, whose sum nobody knows.
+    `name` and `step` are positions in `names` and `steps`, `dtypes` belong to the names.
+    Statistics are over finite values; a row without any has NaN there.
     """
 
     names: tuple[str, ...]
     steps: tuple[int, ...]
-    whole: npt.NDArray[np.bool_]
+    dtypes: tuple[str, ...]
     name: Numbers
     step: Numbers
     count: Numbers
@@ -60,14 +64,22 @@ class Survey:
 
     @property
     def floating(self) -> Survey:
-        """Without integers and truth values: ids and masks have no distribution to look at."""
-        kept = ~self.whole[self.name]
+        """Without integers, truth values and masks: they have no distribution to look at."""
+        kept = self._numbers()
         columns = {
             column.name: getattr(self, column.name)[kept]
             for column in fields(self)
-            if column.name not in ("names", "steps", "whole")
+            if column.name not in ("names", "steps", "dtypes")
         }
         return replace(self, **columns)
+
+    def _numbers(self) -> npt.NDArray[np.bool_]:
+        """Rows of floating dtypes that are no masks: those hold the lowest number there is."""
+        lowest = np.array([-_reach(dtype) for dtype in self.dtypes])
+        named = np.array([name.endswith("mask") for name in self.names], dtype=bool)
+        whole = np.array([eps(dtype) == 0 for dtype in self.dtypes], dtype=bool)
+        masks = named[self.name] | (np.nan_to_num(self.min) <= lowest[self.name])
+        return np.asarray(~(whole[self.name] | masks))
 
     @property
     def present(self) -> tuple[str, ...]:
@@ -86,7 +98,7 @@ def survey(run: Run, select: str | Iterable[str] = "*", step: int | None = None)
     table = run.table(select, step=step, recompute=False, eval=False)
     if not len(table):
         table = run.table(select, step=step)
-    rows = table.rows[table.rows["flags"] & STATISTICS != 0]
+    rows = _once(run, table)
     steps, at = np.unique(rows["step"], return_inverse=True)
     keys, group = np.unique(
         rows["name"].astype(np.int64) * max(len(steps), 1) + at, return_inverse=True
@@ -95,21 +107,46 @@ def survey(run: Run, select: str | Iterable[str] = "*", step: int | None = None)
     return Survey(
         names=table.names,
         steps=tuple(int(number) for number in steps),
-        whole=_whole(rows, len(table.names)),
+        dtypes=_dtypes(rows, len(table.names)),
         name=name,
         step=step_at,
         **_merged(rows, group, len(keys)),
     )
 
 
-def _whole(rows: npt.NDArray[np.void], names: int) -> npt.NDArray[np.bool_]:
-    found = np.zeros(names, dtype=bool)
-    kinds = rows["dtype"]
-    found[rows["name"]] = np.isin(kinds, _WHOLE)
-    return found
+def _once(run: Run, table: Table) -> npt.NDArray[np.void]:
+    """The rows with statistics, without those of ranks that hold copies of what others hold.
+
+    Placements are read from one record of each name and rank: they do not change in a run.
+    """
+    rows: npt.NDArray[np.void] = table.rows[table.rows["flags"] & STATISTICS != 0]
+    if len(run.ranks) == 1:
+        return rows
+    replicas = {rank: dp_rank_of(run.info_of(rank)) for rank in run.ranks}
+    _, first = np.unique(rows[["name", "rank"]], return_index=True)
+    kept: dict[tuple[int, Hashable], int] = {}
+    for row in rows[np.sort(first)]:
+        name, rank = int(row["name"]), int(row["rank"])
+        record = run.record_at(rank, int(row["line"]))
+        if record is not None:
+            apart = replicas[rank] if record.name.phase in ("forward", "backward") else None
+            kept.setdefault((name, (apart, place_of(record))), rank)
+    pairs = {(name, rank) for (name, _), rank in kept.items()}
+    listed = zip(rows["name"].tolist(), rows["rank"].tolist(), strict=True)
+    kept_rows: npt.NDArray[np.void] = rows[[pair in pairs for pair in listed]]
+    return kept_rows
 
 
-_WHOLE = [b"bool", *(f"{sign}int{bits}".encode() for sign in ("", "u") for bits in (8, 16, 32, 64))]
+def _dtypes(rows: npt.NDArray[np.void], names: int) -> tuple[str, ...]:
+    found = np.zeros(names, dtype=rows["dtype"].dtype)
+    found[rows["name"]] = rows["dtype"]
+    return tuple(found.astype(str).tolist())
+
+
+def _reach(dtype: str) -> float:
+    """The magnitude that only a mask reaches; narrow formats use all of their range."""
+    wide = dtype in ("bfloat16", "float16", "float32", "float64")
+    return largest(dtype) if wide else math.inf
 
 
 def _merged(rows: npt.NDArray[np.void], group: Numbers, groups: int) -> dict[str, Any]:

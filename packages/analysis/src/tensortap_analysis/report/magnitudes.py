@@ -89,13 +89,13 @@ def _traces(view: View, number: int, by: str, views: Sequence[View]) -> Iterator
 
 
 def _pooled(view: View, phase: str, by: str) -> _Pooled:
-    found = view.survey
-    assert found is not None
+    assert view.survey is not None
+    found = view.survey.floating
     layers = [layer_of(name) for name in found.names]
     wanted = np.array([name.split("/")[1] == phase for name in found.names], dtype=bool)
     depth = np.array([-1 if layer is None else layer for layer in layers], dtype=np.int64)
     finite = found.count - found.nonfinite
-    keep = wanted[found.name] & view.activations & (finite > 0)
+    keep = wanted[found.name] & (finite > 0)
     keys = depth[found.name] if by == "layer" else np.array(found.steps, dtype=np.int64)[found.step]
     if by == "layer":
         keep &= keys >= 0
@@ -112,9 +112,9 @@ def _pooled(view: View, phase: str, by: str) -> _Pooled:
 def _grid(views: Sequence[View]) -> Iterator[Chart]:
     for view in views[:1]:
         assert view.survey is not None
-        found = view.survey
-        names = (found.names[number] for number in found.name[view.activations].tolist())
-        made = grid(zip(names, found.rms[view.activations].tolist(), strict=True), "RMS")
+        found = view.survey.floating
+        names = (found.names[number] for number in found.name.tolist())
+        made = grid(zip(names, found.rms.tolist(), strict=True), "RMS")
         if made is not None:
             left = f" Not drawn: {made[1]}." if made[1] else ""
             yield Chart(

@@ -85,7 +85,7 @@ def _one(view: View) -> Html:
         ("steps", f"{len(found.steps):,}"),
         ("ranks", f"{len(view.ranks):,}"),
         ("values", f"{int(found.count.sum()):,}"),
-        ("largest magnitude", cell(_largest(found.absmax[view.activations]))),
+        ("largest magnitude", cell(_largest(found.floating.absmax))),
         ("tensors with NaN or Inf", f"{bad:,}"),
         ("state", "incomplete" if view.problems else "complete"),
     )

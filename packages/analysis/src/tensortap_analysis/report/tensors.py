@@ -47,7 +47,7 @@ _CAPTURED: tuple[Column, ...] = (
     ("std", "std", "Population standard deviation of the finite values"),
     ("rms", "RMS", "Root mean square of the finite values"),
     ("absmax", "absmax", "Largest magnitude"),
-    ("outlier", "absmax/std", "How far the largest magnitude stands out"),
+    ("outlier", "outlier", "max |x - mean| / std: how far the farthest value stands out"),
 )
 
 
@@ -71,7 +71,7 @@ def section(views: Sequence[View], found: Comparison | None, rows: int) -> Listi
         full, first = "tensortap compare --csv --details", "error over its limit"
     else:
         columns, total, picked = _CAPTURED, *_captured(views[0], rows)
-        full, first = "tensortap show --limit 0", "NaN and Inf, then absmax/std"
+        full, first = "tensortap show --limit 0", "NaN and Inf, then max |x - mean| / std"
     cut = f"The worst {len(picked):,} of {total:,}; {full} has all." if total > len(picked) else ""
     ordered = f"Worst first, by {first}. {cut}"
     table = {
@@ -133,11 +133,12 @@ def _captured(view: View, rows: int) -> tuple[int, list[Row]]:
     )
     picked: list[Row] = []
     for at in order[:rows]:
-        name = found.names[int(found.name[at])]
+        number = int(found.name[at])
+        name = found.names[number]
         count, nan = int(found.count[at]), int(found.nan[at])
         picked.append({
             "tensor": name, "step": found.steps[int(found.step[at])],
-            "dtype": view.dtypes.get(name), "count": count, "nan": nan,
+            "dtype": found.dtypes[number], "count": count, "nan": nan,
             "inf": int(found.nonfinite[at]) - nan,
             "zero": int(found.zero[at]) / count if count else None,
             "outlier": float(outliers[at]),

@@ -151,7 +151,7 @@ def _judge(tensor: Captured, codecs: Mapping[str, Codec]) -> tuple[Basis, dict[s
     if tensor.part is not None:
         raise NotSupported("only the whole of a fused tensor has statistics; capture its values")
     sums = {name: Tally() for name in codecs}
-    for piece in tensor.records():
+    for piece in tensor.pieces():
         stats = _with_exponents(tensor.run, piece)
         for name, codec in codecs.items():
             sums[name].add(estimate(codec, stats, dtype))
