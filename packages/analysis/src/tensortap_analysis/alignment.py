@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
@@ -43,6 +44,8 @@ class Side:
 
     def read(self, read: Read, common: Box) -> torch.Tensor:
         """A box of the stored tensor, in the common order; a copy only where it lies scattered."""
+        if not self.moves:
+            return read(common)
         fine = [(0, 0)] * len(common)
         for axis, edges in zip(self.order, common, strict=True):
             fine[axis] = edges
@@ -131,15 +134,23 @@ def align(
     side has its parts. One axis that is left over on each side is taken for the same where the
     sizes are. Without names, or with other ones, equal shapes are taken as they are.
     """
+    return _aligned(tuple(shape), dims, tuple(other_shape), other_dims)
+
+
+@lru_cache(maxsize=4096)
+def _aligned(
+    shape: tuple[int, ...], dims: str | None, other_shape: tuple[int, ...], other_dims: str | None
+) -> Alignment | str:
+    """`align`, once for all tensors that look alike."""
     mine, theirs = _axes(dims, shape), _axes(other_dims, other_shape)
     if mine is not None and theirs is not None:
         renamed, note = _one_name(mine, shape, theirs, other_shape)
         found = _by_names(mine, shape, renamed, other_shape, note)
         if found is not None:
             return found
-    if tuple(shape) == tuple(other_shape):
+    if shape == other_shape:
         side = Side.as_stored(shape)
-        return Alignment(tuple(shape), side, side, _note(dims, other_dims))
+        return Alignment(shape, side, side, _note(dims, other_dims))
     return f"shapes {_spelled(shape, dims)} and {_spelled(other_shape, other_dims)} do not match"
 
 

@@ -34,7 +34,7 @@ class Match:
     @property
     def at(self) -> Moment:
         """The tensor's own name at the moment of the reference."""
-        return self.ref.renamed(self.name)
+        return self.ref if self.name == self.ref.name else self.ref.renamed(self.name)
 
     @property
     def is_part(self) -> bool:
@@ -102,16 +102,20 @@ class _Pairer:
 
     def _partner(self, name: str, moment: Moment) -> Moment | None:
         """Where the other run has this tensor: as it is, or inside a fused one."""
-        found = self._at(moment.renamed(name))
+        found = self._at(moment if name == moment.name else moment.renamed(name))
         if found is None and name in self.sources:
             found = self._at(moment.renamed(self.sources[name]))
         return found
 
     def _at(self, moment: Moment) -> Moment | None:
         """The moment of the other run; a run of one data-parallel rank meets another's first."""
-        places = {None: (None, 0), 0: (0, None)}.get(moment.dp_rank, (moment.dp_rank,))
-        candidates = (moment.of_rank(place) for place in places)
-        return next((found for found in candidates if found in self.other.moments), None)
+        if moment in self.other.moments:
+            return moment
+        alone = {None: 0, 0: None}
+        if moment.dp_rank not in alone:
+            return None
+        found = moment.of_rank(alone[moment.dp_rank])
+        return found if found in self.other.moments else None
 
     def _cut_alike(self, name: str) -> bool:
         if name not in self.other.parts:

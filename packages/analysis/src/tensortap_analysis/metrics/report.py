@@ -191,11 +191,12 @@ def _error_histogram(found: Findings) -> ErrorHistogram:
 
 
 def _octaves(rows: Ints, zero: int, shift: int) -> Octaves:
-    """From counts by sign and exponent; `shift` exponents are added."""
-    rows = rows.copy()
-    rows[0, 0] -= zero
-    positive, negative = (
-        {exponent - _BIAS + shift: int(counts[exponent]) for exponent in seen.tolist()}
-        for counts, seen in zip(rows, map(np.flatnonzero, rows), strict=True)
-    )
+    """From counts by sign and exponent, `zero` among them; `shift` exponents are added."""
+    counts = rows.copy()
+    counts[0, 0] -= zero
+    places = counts.nonzero()
+    sides: tuple[dict[int, int], dict[int, int]] = ({}, {})
+    for sign, row, times in zip(*(x.tolist() for x in (*places, counts[places])), strict=True):
+        sides[sign][row - _BIAS + shift] = times
+    positive, negative = sides
     return Octaves(negative, zero, positive)

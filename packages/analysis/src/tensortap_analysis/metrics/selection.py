@@ -94,12 +94,13 @@ class Search:
             self._narrow(quest)
 
     def _pick(self, found: Ints) -> None:
-        keys = found >> self.shift
-        for bin_ in self.bins:
-            mine = found[keys == bin_.prefix]
-            places = {rank: rank - bin_.below for rank in self._ranks_in(bin_)}
-            mine.partition(sorted(set(places.values())))
-            self.found |= {rank: _value(mine[place]) for rank, place in places.items()}
+        places, before = {}, 0
+        for bin_ in self.bins:  # in ascending order, each with as many values as it counts
+            places |= {rank: before + rank - bin_.below for rank in self._ranks_in(bin_)}
+            before += bin_.count
+        wanted = list(places.values())
+        found.partition(sorted(set(wanted)))
+        self.found |= zip(places, found[wanted].view(np.float64).tolist(), strict=True)
 
     def _narrow(self, quest: Quest) -> None:
         width, further = min(self.shift, NEXT_BITS), []

@@ -30,8 +30,8 @@ from tensortap.native.counts import (
 )
 from tensortap.native.totals import Frame, Totals
 
-NOTHING = (1 << 63) - 1
-"""A prefix no value has."""
+NO_PREFIX = (1 << 63) - 1
+"""One that no value has."""
 
 _SHARED = 1 << 16
 """Pairs from which on it is worth waking torch's threads."""
@@ -194,10 +194,9 @@ def _histogram(seen: Histogram) -> _Histogram:
 
 
 def _quest(quest: Quest) -> _Quest:
-    prefixes = [*quest.prefixes, *[NOTHING] * (TARGETS - len(quest.prefixes))]
-    found, room = (None, 0) if quest.found is None else (_address(quest.found), len(quest.found))
-    return _Quest(
-        quest.shift, (ctypes.c_int64 * TARGETS)(*prefixes), found, room, quest.taken,
-        len(quest.prefixes),
-        *(_address(array) for array in (quest.counts, quest.ones, quest.zeros)),
-    )  # fmt: skip
+    prefixes = [*quest.prefixes, *[NO_PREFIX] * (TARGETS - len(quest.prefixes))]
+    known = quest.shift, (ctypes.c_int64 * TARGETS)(*prefixes)
+    if quest.found is not None:
+        return _Quest(*known, _address(quest.found), len(quest.found), quest.taken)
+    tables = (_address(table) for table in (quest.counts, quest.ones, quest.zeros))
+    return _Quest(*known, None, 0, 0, len(quest.prefixes), *tables)

@@ -47,6 +47,10 @@ class Histograms:
         self.absolute, self.relative = Histogram(values), Histogram(values)
 
 
+def _no_counts() -> Ints:
+    return np.empty(0, dtype=np.int64)
+
+
 @dataclass(slots=True)
 class Quest:
     """Prefixes of the bits from `shift` on, and what has been found of the values with them.
@@ -61,13 +65,14 @@ class Quest:
     found: Ints | None
     threads: int
     taken: int = 0
-    counts: Ints = field(init=False)
-    ones: Ints = field(init=False)
-    zeros: Ints = field(init=False)
+    counts: Ints = field(default_factory=_no_counts)
+    ones: Ints = field(default_factory=_no_counts)
+    zeros: Ints = field(default_factory=_no_counts)
 
     def __post_init__(self) -> None:
-        shape = (self.threads, len(self.prefixes) if self.found is None else 0, 1 << NEXT_BITS)
-        self.counts, self.ones, self.zeros = (np.zeros(shape, dtype=np.int64) for _ in range(3))
+        if self.found is None:
+            shape = self.threads, len(self.prefixes), 1 << NEXT_BITS
+            self.counts, self.ones, self.zeros = (np.zeros(shape, dtype=np.int64) for _ in range(3))
 
 
 class CodePairs:
