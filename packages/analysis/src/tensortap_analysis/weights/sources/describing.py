@@ -65,7 +65,7 @@ def _weight(entry: Entry, names: set[str], turned: bool) -> Weight:
         kind=kind,
         load=entry.load,
         load_parts=entry.load_parts,
-        transposed=turned or entry.transposed,
+        transposed=(turned or entry.transposed) and len(entry.shape) > 1,
         note="; ".join(notes) or None,
     )
 

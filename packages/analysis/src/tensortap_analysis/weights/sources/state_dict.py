@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tensortap_analysis.weights.sources.harmless import harmless
 from tensortap_analysis.weights.sources.mapped import kept, placed
 from tensortap_analysis.weights.sources.source import (
     CheckpointError,
@@ -20,6 +20,7 @@ from tensortap_analysis.weights.sources.source import (
     regular,
 )
 
+_CASELESS = re.IGNORECASE
 _WRAPPERS = ("model", "state_dict", "module", "model_state_dict")
 """Keys below which training scripts keep the weights, beside the optimizer and the rest."""
 
@@ -45,30 +46,24 @@ def _loaded(path: Path, asked: Path) -> tuple[Any, bool]:
     """What is in the file, and whether it is mapped. Runs no code from it."""
     mapped = zipfile.is_zipfile(path)
     try:
-        with _harmless():
+        with harmless():
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as failure:
         raise CheckpointError(f"{asked} {_reason(failure)}") from None
     return content, mapped
 
 
-def _harmless() -> AbstractContextManager[object]:
-    """What training scripts put beside weights and does nothing when it is rebuilt: options."""
-    allow = getattr(torch.serialization, "safe_globals", None)  # torch 2.5
-    return nullcontext() if allow is None else allow([argparse.Namespace])
-
-
 def _reason(failure: Exception) -> str:
+    """What torch's pages of advice mean for somebody who wants to look at weights."""
     text = str(failure)
-    if "Unsupported global: GLOBAL " in text:
-        word = text.split("Unsupported global: GLOBAL ")[1].split()[0]
+    if found := re.search(r"(?:unsupported global:?|unsupported) GLOBAL (\S+)", text, _CASELESS):
         return (
-            f"needs {word} to be rebuilt, which could run code; only tensors are read. "
+            f"needs {found[1]} to be rebuilt, which could run code; only tensors are read. "
             "Save the model's state_dict() alone, or as safetensors."
         )
-    if "weights_only" in text or "Weights only" in text:
-        said = text.split("WeightsUnpickler error:")[-1].strip().splitlines()[0]
-        return f"holds more than tensors and is not read: {said}"
+    if "WeightsUnpickler error:" in text:
+        said = text.split("WeightsUnpickler error:")[1].strip().splitlines()[0]
+        return f"is not read, for only tensors are: {said}"
     first = (text.splitlines() or [""])[0]
     return f"is no whole file of torch.save: {type(failure).__name__} {first}"
 

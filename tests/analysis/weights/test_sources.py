@@ -1,0 +1,253 @@
+import json
+import os
+import shutil
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+from tests.analysis.weights.checkpoints import (
+    assert_same,
+    read,
+    reasons,
+    safetensors_folder,
+    small_state,
+)
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from tensortap_analysis.weights import CheckpointError, Scope
+
+DTYPES = (
+    "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"
+)  # fmt: skip
+
+
+def by_layer(model):
+    return {weight.layer: weight for weight in Scope(model).source.weights}
+
+
+def test_a_safetensors_file_gives_every_weight_as_it_is(tmp_path):
+    state = {f"{dtype}.weight": torch.randn(3, 5).to(getattr(torch, dtype)) for dtype in DTYPES}
+    save_file(state, tmp_path / "x.safetensors")
+    found = read(tmp_path / "x.safetensors")
+    for name, tensor in state.items():
+        assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8))
+
+
+def test_weights_come_layer_by_layer_though_files_sort_by_text(tmp_path):
+    state = {f"layers.{n}.weight": torch.ones(2, 2) * n for n in (10, 2, 1)}
+    save_file(state, tmp_path / "x.safetensors")
+    assert list(read(tmp_path / "x.safetensors")) == [f"layers.{n}.weight" for n in (1, 2, 10)]
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_folder_with_shards_gives_the_same_as_one_without(tmp_path, shards):
+    state = small_state()
+    assert_same(read(safetensors_folder(tmp_path / "m", state, shards)), state)
+
+
+def test_only_shards_of_the_index_are_read(tmp_path):
+    folder = safetensors_folder(tmp_path / "m", small_state(), 2)
+    save_file({"old.weight": torch.ones(2, 2)}, folder / "consolidated.safetensors")
+    assert "old.weight" not in read(folder)
+
+
+def test_bin_shards_with_an_index_are_read(tmp_path):
+    state, where = small_state(), {}
+    for number, name in enumerate(state):
+        file = f"pytorch_model-{number % 2}.bin"
+        where[name] = file
+    for file in set(where.values()):
+        torch.save({name: state[name] for name in state if where[name] == file}, tmp_path / file)
+    index = {"weight_map": where}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    assert_same(read(tmp_path), state)
+
+
+def hub(root, name, files, monkeypatch):
+    """A model in the layout of huggingface_hub's cache, links and all."""
+    home = root / f"models--{name.replace('/', '--')}"
+    (home / "blobs").mkdir(parents=True)
+    snapshot = home / "snapshots" / "abc123"
+    snapshot.mkdir(parents=True)
+    for file in files.iterdir():
+        shutil.copy(file, home / "blobs" / file.name)
+        os.symlink(f"../../blobs/{file.name}", snapshot / file.name)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text("abc123")
+    monkeypatch.setenv("HF_HUB_CACHE", str(root))
+    return home
+
+
+def test_a_name_of_the_hub_is_read_from_the_local_cache(tmp_path, monkeypatch):
+    state = small_state()
+    files = safetensors_folder(tmp_path / "m", state, 2)
+    hub(tmp_path / "hub", "org/model-1", files, monkeypatch)
+    assert_same(read("org/model-1"), state)
+    assert_same(read("org/model-1@abc123"), state)
+
+
+def test_a_name_that_is_not_in_the_cache_is_said_and_not_downloaded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(CheckpointError, match="Nothing is downloaded"):
+        Scope("org/absent")
+
+
+def test_a_revision_that_is_not_in_the_cache_names_those_that_are(tmp_path, monkeypatch):
+    files = safetensors_folder(tmp_path / "m", small_state())
+    hub(tmp_path / "hub", "org/model", files, monkeypatch)
+    with pytest.raises(CheckpointError, match="abc123"):
+        Scope("org/model@v2")
+
+
+@pytest.mark.parametrize("nesting", [(), ("model",), ("state_dict",), ("model", "module")])
+def test_a_state_dict_is_found_below_the_keys_of_training_scripts(tmp_path, nesting):
+    state = small_state()
+    content = dict(state)
+    for key in reversed(nesting):
+        content = {key: content, "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}}}
+    torch.save(content, tmp_path / "x.pt")
+    assert_same(read(tmp_path / "x.pt"), state)
+    assert ("optimizer" in reasons(tmp_path / "x.pt")) == bool(nesting)
+
+
+def test_views_strides_and_small_storages_of_a_state_dict_read_right(tmp_path):
+    base = torch.randn(40, 50)
+    state = {
+        "whole.weight": base,
+        "turned.weight": torch.randn(7, 9).t(),
+        "rows.weight": base[3:9],
+        "columns.weight": base[:, 5:8],
+        "half.weight": torch.randn(3, 3).bfloat16(),
+        "empty.weight": torch.empty(0, 4),
+        "scalar": torch.tensor(2.0),
+    }
+    torch.save(state, tmp_path / "x.pt")
+    assert_same(read(tmp_path / "x.pt"), state)
+
+
+def test_each_weight_of_a_state_dict_has_a_mapping_of_its_own(tmp_path):
+    torch.save({f"{n}.weight": torch.randn(64, 64) for n in range(8)}, tmp_path / "x.pt")
+    tensors = [weight.read() for weight in Scope(tmp_path / "x.pt").source.weights]
+    assert len({tensor.untyped_storage()._cdata for tensor in tensors}) == 8
+    assert max(tensor.untyped_storage().nbytes() for tensor in tensors) < 200_000
+
+
+def test_the_old_format_of_torch_save_is_read_and_said(tmp_path):
+    state = small_state()
+    torch.save(state, tmp_path / "x.bin", _use_new_zipfile_serialization=False)
+    assert_same(read(tmp_path / "x.bin"), state)
+    assert "in memory as a whole" in Scope(tmp_path / "x.bin").source.notes[0]
+
+
+def test_tied_tensors_of_a_state_dict_are_counted_once(tmp_path):
+    state = small_state()
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    torch.save(state, tmp_path / "x.pt")
+    assert "lm_head.weight" not in read(tmp_path / "x.pt")
+    assert "tied to model.embed_tokens.weight" in reasons(tmp_path / "x.pt")["lm_head.weight"]
+
+
+def test_a_distributed_checkpoint_is_read_and_its_optimizer_left_out(tmp_path):
+    state = small_state()
+    moments = {f"optim.state.{name}.exp_avg": torch.ones(3) for name in list(state)[:2]}
+    dcp.save({**state, **moments, "step": 7}, checkpoint_id=tmp_path / "c", no_dist=True)
+    assert_same(read(tmp_path / "c"), state)
+    why = reasons(tmp_path / "c")
+    assert {why[name] for name in moments} == {"state of the optimizer"}
+    assert why["step"] == "no tensor"
+
+
+def test_a_live_module_is_read_by_its_own_names_and_tied_parameters_once():
+    model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=50))
+    found = read(model)
+    wanted = {name: value.detach() for name, value in model.named_parameters()}
+    assert_same(found, wanted)
+    assert "tied to transformer.wte.weight" in reasons(model)["lm_head.weight"]
+
+
+def test_parameters_without_values_are_skipped_with_the_reason():
+    model = nn.Sequential(nn.Linear(4, 4, device="meta"), nn.LazyLinear(3), nn.Linear(2, 2))
+    assert set(read(model)) == {"2.weight", "2.bias"}
+    assert set(reasons(model).values()) == {"has no values yet"}
+
+
+def test_conv1d_of_gpt2_lies_in_out_in_a_module_and_in_a_file_alike(tmp_path):
+    model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=50))
+    model.save_pretrained(tmp_path / "m")
+    for source in (model, tmp_path / "m"):
+        found = by_layer(source)
+        turned = {layer.rpartition(".")[2] for layer, one in found.items() if one.transposed}
+        assert turned == {"c_attn", "c_proj", "c_fc"}
+        [matrix] = found["transformer.h.0.attn.c_attn"].matrices()
+        assert torch.equal(matrix, model.transformer.h[0].attn.c_attn.weight.detach().T)
+        square = found["transformer.h.1.attn.c_proj"]
+        assert square.shape == (16, 16)
+        assert square.transposed
+
+
+def test_a_linear_layer_with_a_bias_is_not_turned(tmp_path):
+    model = nn.Sequential(nn.Linear(3, 7), nn.Linear(7, 7))
+    torch.save(model.state_dict(), tmp_path / "x.pt")
+    assert not any(weight.transposed for weight in Scope(tmp_path / "x.pt").source.weights)
+
+
+def test_kinds_follow_shape_and_name(tmp_path):
+    state = {
+        "model.embed_tokens.weight": torch.randn(10, 4),
+        "visual.patch_embed.proj.weight": torch.randn(8, 3, 2, 2),
+        "mixer.conv1d.weight": torch.randn(12, 1, 4),
+        "mlp.experts.gate_up_proj": torch.randn(3, 8, 4),
+        "stack": torch.randn(3, 8, 40),
+        "norm.weight": torch.randn(4),
+        "scale": torch.tensor(1.0),
+        "proj.weight": torch.randn(4, 4),
+    }
+    save_file(state, tmp_path / "x.safetensors")
+    found = by_layer(tmp_path / "x.safetensors")
+    assert {layer: weight.kind for layer, weight in found.items()} == {
+        "model.embed_tokens": "embedding",
+        "visual.patch_embed.proj": "convolution",
+        "mixer.conv1d": "convolution",
+        "mlp.experts.gate_up_proj": "experts",
+        "stack": "experts",
+        "norm": "vector",
+        "scale": "vector",
+        "proj": "linear",
+    }
+    [patches] = found["visual.patch_embed.proj"].matrices()
+    assert patches.shape == (8, 12)
+    assert [one.shape for one in found["mlp.experts.gate_up_proj"].matrices()] == [(8, 4)] * 3
+    assert found["stack"].note == "three axes, read as a stack of matrices"
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_stacks_of_experts_lie_by_the_hidden_size(tmp_path, turned):
+    up, down = torch.randn(2, 12, 4), torch.randn(2, 4, 6)
+    state = {"mlp.experts.gate_up_proj": up, "mlp.experts.down_proj": down}
+    if turned:
+        state = {name: tensor.transpose(1, 2).contiguous() for name, tensor in state.items()}
+    folder = safetensors_folder(tmp_path / "m", state, config={"hidden_size": 4})
+    found = by_layer(folder)
+    for name, wanted in (("mlp.experts.gate_up_proj", up), ("mlp.experts.down_proj", down)):
+        assert torch.equal(torch.stack(list(found[name].matrices())), wanted)
+
+
+def test_integers_are_no_weights_and_say_so(tmp_path):
+    state = {"position_ids": torch.arange(9), "lut": torch.ones(2, 2, dtype=torch.int8)}
+    save_file({**state, "x.weight": torch.ones(2, 2)}, tmp_path / "x.safetensors")
+    why = reasons(tmp_path / "x.safetensors")
+    assert why["position_ids"] == "int64 values are no weights"
+    assert "int8 without scales" in why["lut"]
+
+
+def test_a_checkpoint_without_weights_is_an_error(tmp_path):
+    save_file({"ids": torch.arange(3)}, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match="holds no weights: ids"):
+        Scope(tmp_path / "x.safetensors")
+
+
+def test_a_parameter_named_as_another_module_keeps_its_whole_name(tmp_path):
+    save_file({"a": torch.ones(2, 2), "a.weight": torch.ones(2, 3)}, tmp_path / "x.safetensors")
+    assert set(by_layer(tmp_path / "x.safetensors")) == {"a", "a.weight"}
