@@ -46,6 +46,11 @@ def expected(pairs: Iterable[Pair]) -> Iterator[float]:
         yield _ONE * coarsest * math.sqrt(1 + _PER_LAYER * _passed(pair, number, depth))
 
 
+def once(dtype: str) -> float:
+    """The relative RMS error that one rounding to this dtype leaves; 0 where nothing is rounded."""
+    return _ONE * eps(dtype)
+
+
 def _in_sums(step: float) -> float:
     return step * _SUMMED if step <= torch.finfo(torch.float32).eps else step
 
