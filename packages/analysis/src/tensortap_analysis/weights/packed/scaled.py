@@ -109,13 +109,20 @@ def _broadcast(
         return scale.reshape(1, 1)
     if scale.numel() == rows and scale.ndim <= 2 and scale.shape[0] == rows:
         return scale.reshape(rows, 1)
-    if scale.ndim == 2:
-        size = block or tuple(
-            -(-length // parts) for length, parts in zip(codes.shape, scale.shape, strict=True)
-        )
-        covered = tuple(-(-n // b) for n, b in zip(codes.shape, size, strict=True))
-        if covered == tuple(scale.shape):
-            return spread(scale, (rows, columns), (size[0], size[1]))
+    for size in _sizes(scale, rows, columns, block):
+        if (-(-rows // size[0]), -(-columns // size[1])) == tuple(scale.shape):
+            return spread(scale, (rows, columns), size)
     raise CheckpointError(
         f"{name}: scales of shape {tuple(scale.shape)} do not fit codes of {tuple(codes.shape)}."
     )
+
+
+def _sizes(
+    scale: torch.Tensor, rows: int, columns: int, block: tuple[int, int] | None
+) -> Iterator[tuple[int, int]]:
+    """Sizes that blocks may have: as configured, as everybody has them, or even parts."""
+    if scale.ndim == 2 and scale.numel():
+        yield from (block,) if block else ()
+        yield 128, 128
+        if rows % scale.shape[0] == 0 and columns % scale.shape[1] == 0:
+            yield rows // scale.shape[0], columns // scale.shape[1]
