@@ -40,12 +40,10 @@ class Scope:
         return self._source
 
     def weights(self, select: str | Iterable[str] = "*") -> tuple[Weight, ...]:
-        """The weights whose layer or name is selected; raises `SelectionError` for none."""
+        """The weights whose layer is selected; raises `SelectionError` for none."""
         wanted = Selection.parse(select)
         found = tuple(
-            weight
-            for weight in self._source.weights
-            if wanted.matches_module(weight.layer) or wanted.matches_module(weight.name)
+            weight for weight in self._source.weights if wanted.matches_module(weight.layer)
         )
         if not found:
             names = [weight.layer for weight in self._source.weights]
