@@ -144,8 +144,9 @@ def test_select_draws_all_it_names(runs, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("nowhere",), "There is no run and no folder"),
-        ((".",), "no layout can read it"),
+        (("nowhere",), "There is no run at"),
+        (("nowhere", "--layout", "pt"), "There is no run and no folder"),
+        ((".",), "is not a run"),
         (("RUN", "--select", "nothing/*"), "matches nothing"),
         (("RUN", "--step", 7), "at step 7"),
         (("RUN", "--against", "nowhere"), "There is no run"),
@@ -303,6 +304,59 @@ def test_file_names_stay_in_their_folder_and_differ():
     assert len({path.name for path in paths}) == len(names)
     assert max(len(path.name) for path in paths) < 160
     assert not any(path.name.startswith(".") for path in paths)
+
+
+@pytest.mark.filterwarnings("error")
+def test_odd_tensors_are_drawn_or_said_to_have_nothing_to_draw(tmp_path):
+    out = "layers.{}/forward/output"
+    tensors = {
+        out.format(0): torch.randn(40, 4).double() * 1e300,
+        out.format(1): torch.randn(40, 4) * 1e-38,
+        out.format(2): torch.empty(0, 5),
+        out.format(3): torch.empty(3, 0),
+        out.format(4): torch.randn(4, 4, dtype=torch.complex64),
+        out.format(5): torch.full((3, 4), math.nan),
+        out.format(6): torch.tensor([math.inf, -math.inf, 1.0]),
+        out.format(7): torch.randn(40, 4).to(torch.float8_e5m2),
+        "root/forward/output.loss": torch.tensor(3.2),
+        "final_norm/forward/output": torch.zeros(1),
+        "a/forward/output": torch.full((30, 40), 2.5),
+        "root/forward/input.input_ids": torch.arange(30).view(2, 15),
+    }
+    with open_run(write_run(tmp_path / "run", tensors)) as run:
+        done = plot(run, tmp_path / "out", select="*")
+        again = plot(run, tmp_path / "against", select="layers.[07]/*,root/*", against=run)
+    assert done.failed == again.failed == []
+    told = {line.partition(":")[0] for line in done.left_out}
+    assert told == {out.format(2), out.format(3)}
+    layers = {path.name.partition("__")[0] for path in done.files if path.parent.name == "layers"}
+    assert layers == {f"layers.{number}" for number in (0, 1, 4, 5, 6, 7)}
+    for path in done.files:
+        if path.suffix == ".png":
+            with Image.open(path) as image:
+                assert min(image.size) > 100
+
+
+def test_moments_of_huge_values_are_those_of_numpy(tmp_path):
+    huge = torch.randn(64).double() * 1e300
+    run_path = write_run(tmp_path / "run", {"a/forward/output": huge, "b/forward/output": huge})
+    with open_run(run_path) as run:
+        found = survey(run)
+    scaled = huge.numpy() / 1e300
+    assert found.std[0] == pytest.approx(scaled.std() * 1e300, rel=1e-9)
+    assert found.l2[0] == pytest.approx(np.linalg.norm(scaled) * 1e300, rel=1e-9)
+
+
+def test_against_a_run_with_nothing_in_common_the_rest_is_drawn(cli, runs, tmp_path):
+    other = write_run(tmp_path / "other", {"elsewhere/forward/output": torch.randn(8)})
+    out = tmp_path / "out"
+    code, printed, error = cli(
+        "plot", runs / "full", "--against", other, "--out", out, "--worst", 1
+    )
+    assert (code, error.strip()) == (0, "")
+    assert "has no such tensor" in printed
+    assert "no tensor has values in both runs" in printed
+    assert (out / "quick_analysis.png").exists()
 
 
 def test_a_name_with_dollar_signs_is_no_formula(tmp_path):

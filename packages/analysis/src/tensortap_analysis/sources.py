@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from tensortap.errors import RunError, TensortapError
-from tensortap.layouts import layouts
+from tensortap.layouts import layout, layouts
 from tensortap.store import Run, RunDirectorySink, open_run
 from tensortap.store.layout import rank_directories
 
@@ -19,18 +18,20 @@ Source = str | os.PathLike[str] | Run
 
 
 @contextmanager
-def opened(source: Source) -> Iterator[Run]:
+def opened(source: Source, layout_name: str | None = None) -> Iterator[Run]:
     """The run of a source; one that was opened or imported here is closed and removed again.
 
-    A folder that is no run is tried with every layout installed, and imported into a temporary
-    directory. Raises `RunError`, with what each layout said where none could read it.
+    A folder that is no run is imported into a temporary directory, by the layout of this name or
+    by the first that can: `pt` last, since it takes any folder of .pt files by name only. Raises
+    `RunError`, with what each layout said where none could read it.
     """
     if isinstance(source, Run):
         yield source
-    elif _is_foreign(Path(source)):
+    elif layout_name is not None or _is_foreign(Path(source)):
+        names = _in_order() if layout_name is None else [layout_name]
         with (
             tempfile.TemporaryDirectory(prefix="tensortap-") as room,
-            open_run(_imported(Path(source), Path(room))) as run,
+            open_run(_imported(Path(source), Path(room), names)) as run,
         ):
             yield run
     else:
@@ -51,15 +52,22 @@ def _is_foreign(path: Path) -> bool:
         return False
 
 
-def _imported(folder: Path, room: Path) -> Path:
-    """`folder` as a run below `room`, by the first layout that reads it."""
+def _in_order() -> list[str]:
+    return sorted(layouts(), key=lambda name: (name == "pt", name))
+
+
+def _imported(folder: Path, room: Path, names: Iterable[str]) -> Path:
+    """`folder` as a run of its name below `room`, by the first layout that reads it."""
+    if not folder.is_dir():
+        raise RunError(f"There is no run and no folder at {folder}.")
     said = []
-    for name, layout in layouts().items():
+    for name in names:
+        target = room / name / (folder.resolve().name or "imported")
+        target.parent.mkdir()
         try:
-            layout.load(folder, RunDirectorySink(room / name), lambda done: None)
-        except TensortapError as failure:
+            layout(name).load(folder, RunDirectorySink(target), lambda done: None)
+        except (TensortapError, OSError) as failure:
             said.append(f"{name}: {failure}")
-            shutil.rmtree(room / name, ignore_errors=True)
         else:
-            return room / name
+            return target
     raise RunError(f"{folder} is neither a run nor in a layout that is installed. {' '.join(said)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -68,6 +69,8 @@ def draw_rounded(drawing: Drawing, tensors: Mapping[str, Captured]) -> None:
         drawing.progress(name)
         with drawing.noted(name):
             logical = tensor.open()
+            if not math.prod(logical.shape):
+                continue
             axis = contraction_axis(record, len(logical.shape))
             values, note = _rows(logical.tensor(), axis)
             path = drawing.path("comparisons", tensor, "formats")

@@ -142,7 +142,7 @@ def _by_step(found: Survey, names: Sequence[str], path: Path) -> Path:
     strange = np.nansum(found.by_step(found.nonfinite.astype(np.float64))[rows], axis=0)
     drawn = figure(7.2, 3)
     axes = drawn.subplots()
-    total = np.sqrt(np.nansum(np.square(norms), axis=0))
+    total = np.hypot.reduce(np.nan_to_num(norms, posinf=np.inf), axis=0)
     known = ~np.isnan(norms).all(axis=0)
     steps = np.array(found.steps)[known]
     low, middle, high = np.nanquantile(norms[:, known], (0, 0.5, 1), axis=0)

@@ -11,11 +11,11 @@ from matplotlib.colors import LogNorm, Normalize, SymLogNorm
 
 from tensortap_analysis.plots.style import (
     Floats,
+    colour_ticks,
     decades,
     labelled,
     linear_below,
     say,
-    symmetric_ticks,
 )
 
 ROWS = 48
@@ -71,8 +71,10 @@ def paint(axes: Axes, grid: Grid, title: str, xlabel: str, *, signed: bool = Fal
     axes.tick_params(axis="y", labelsize=6.5)
     figure = axes.get_figure()
     assert figure is not None
-    ticks = symmetric_ticks(norm)
-    figure.colorbar(drawn, ax=axes, pad=0.02, aspect=40, ticks=ticks)
+    ticks = colour_ticks(norm)
+    bar = figure.colorbar(drawn, ax=axes, pad=0.02, aspect=40, ticks=ticks)
+    if ticks is not None:
+        bar.minorticks_off()
 
 
 def _norm(finite: Floats, *, signed: bool) -> Normalize:

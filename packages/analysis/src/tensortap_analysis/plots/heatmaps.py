@@ -14,12 +14,12 @@ from tensortap_analysis.plots.samples import Sheet
 from tensortap_analysis.plots.style import (
     BLUE,
     Floats,
+    colour_ticks,
     decades,
     figure,
     linear_below,
     save,
     say,
-    symmetric_ticks,
 )
 
 
@@ -54,7 +54,7 @@ def image(axes: Axes, values: Floats, **how: Any) -> None:
     axes.grid(visible=False)
     figure = axes.get_figure()
     assert figure is not None
-    figure.colorbar(drawn, ax=axes, pad=0.01, label="value", ticks=symmetric_ticks(norm))
+    figure.colorbar(drawn, ax=axes, pad=0.01, label="value", ticks=colour_ticks(norm))
 
 
 def _columns(axes: Axes, sheet: Sheet) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from tensortap.errors import RunError
 from tensortap_analysis.alignment import align
 from tensortap_analysis.moments import Captured
-from tensortap_analysis.plots.samples import numbers, ordinal
+from tensortap_analysis.plots.samples import numbers, ordinal, wide
 from tensortap_analysis.plots.style import Floats
 
 _BOX = 1 << 20
@@ -63,7 +63,7 @@ def pair(ref: Captured, run: Captured, limit: int) -> Pair:
         mine = aligned.ref.read(lambda where: numbers(one.read(where)), box).reshape(-1)
         theirs = aligned.other.read(lambda where: numbers(two.read(where)), box).reshape(-1)
         picked = slice(-at % every, None, every)
-        found.append((mine[picked].double().numpy(), theirs[picked].double().numpy()))
+        found.append((wide(mine[picked]), wide(theirs[picked])))
         at += mine.numel()
     left, right = (np.concatenate([part[at] for part in found] or [np.empty(0)]) for at in (0, 1))
     return Pair(left, right, count, every, (ref.run.path.name, run.run.path.name))

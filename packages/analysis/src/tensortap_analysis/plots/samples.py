@@ -15,6 +15,8 @@ from tensortap_analysis.moments import Captured
 from tensortap_analysis.plots.style import Floats
 
 _BOX = 1 << 22
+_FAR = 1e150
+"""Magnitudes beyond are drawn here: their squares are no float64, and matplotlib needs squares."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +35,9 @@ class Sample:
     def note(self) -> str:
         """What is shown of the tensor, for the foot of a picture."""
         if self.every == 1:
-            return f"all {self.count:,} values"
-        return f"{self.values.size:,} of {self.count:,} values: every {ordinal(self.every)}"
+            return f"all {self.count:,} values{_cut(self.values)}"
+        shown = f"{self.values.size:,} of {self.count:,} values: every {ordinal(self.every)}"
+        return shown + _cut(self.values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +60,8 @@ class Sheet:
             if self.pooled > 1
             else ""
         )
-        return "; ".join(part for part in (rows, columns) if part) or "all values"
+        words = "; ".join(part for part in (rows, columns) if part) or "all values"
+        return words + _cut(self.values)
 
 
 def sample(tensor: Captured, limit: int) -> Sample:
@@ -70,7 +74,7 @@ def sample(tensor: Captured, limit: int) -> Sample:
     found, at = [], 0
     for box in boxes(logical.shape, _BOX) if count else ():
         flat = numbers(logical.read(box)).reshape(-1)
-        found.append(_wide(flat[-at % every :: every]))
+        found.append(wide(flat[-at % every :: every]))
         at += flat.numel()
     return Sample(np.concatenate(found) if found else np.empty(0), count, every)
 
@@ -82,7 +86,7 @@ def _of_sample(tensor: Captured, limit: int) -> Sample:
     record = next(record for record in tensor.records() if record.values == "sample")
     stored = numbers(tensor.run.sample(record)).reshape(-1)
     more = max(1, -(-stored.numel() // limit))
-    return Sample(_wide(stored[::more]), math.prod(record.shape), record.stride * more)
+    return Sample(wide(stored[::more]), math.prod(record.shape), record.stride * more)
 
 
 def sheet(logical: LogicalTensor, rows: int = 400, columns: int = 600) -> Sheet:
@@ -93,7 +97,7 @@ def sheet(logical: LogicalTensor, rows: int = 400, columns: int = 600) -> Sheet:
     found, at = [], 0
     for box in boxes(logical.shape, _BOX, keep=len(shape) - 1) if height * width else ():
         part = numbers(logical.read(box)).reshape(-1, width)
-        found.append(_pooled(_wide(part[-at % every :: every]), pooled))
+        found.append(_pooled(wide(part[-at % every :: every]), pooled))
         at += part.shape[0]
     values = np.concatenate(found) if found else np.zeros((0, 0))
     return Sheet(values, (height, width), every, pooled)
@@ -103,7 +107,7 @@ def image_of(tensor: torch.Tensor, rows: int = 400) -> Sheet:
     """A tensor in memory as an image of at most so many rows, and all its columns."""
     flat = numbers(tensor).reshape(-1, tensor.shape[-1] if tensor.ndim else 1)
     every = max(1, -(-flat.shape[0] // rows))
-    return Sheet(_wide(flat[::every]), (flat.shape[0], flat.shape[1]), every, 1)
+    return Sheet(wide(flat[::every]), (flat.shape[0], flat.shape[1]), every, 1)
 
 
 def _pooled(values: Floats, by: int) -> Floats:
@@ -127,8 +131,15 @@ def numbers(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.abs() if tensor.is_complex() else tensor
 
 
-def _wide(tensor: torch.Tensor) -> Floats:
-    return np.asarray(tensor.to(torch.float64).numpy())
+def wide(tensor: torch.Tensor) -> Floats:
+    """The values as they are drawn; infinities stay."""
+    values: Floats = tensor.to(torch.float64).numpy()
+    return np.where(np.isfinite(values), values.clip(-_FAR, _FAR), values)
+
+
+def _cut(values: Floats) -> str:
+    far = bool((np.abs(values) == _FAR).any())
+    return f"; magnitudes beyond {_FAR:g} drawn as {_FAR:g}" if far else ""
 
 
 def ordinal(number: int) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 
 from tensortap_analysis.moments import Captured
 from tensortap_analysis.plots import distributions, heatmaps, layers
 from tensortap_analysis.plots.drawing import Drawing, title
-from tensortap_analysis.plots.samples import Sample, Sheet, image_of, sample, sheet
+from tensortap_analysis.plots.samples import Sample, Sheet, image_of, numbers, sample, sheet, wide
 from tensortap_analysis.whatif.judging import axes_of
 from tensortap_analysis.words import family_of, layer_of
 
@@ -62,10 +63,13 @@ def draw_layers(drawing: Drawing, chosen: Collection[str] | None, drawn: Collect
 def _draw_layer(drawing: Drawing, tensor: Captured) -> None:
     logical = tensor.open()
     shape = logical.shape
+    if not shape or not math.prod(shape):
+        drawing.done.left_out.append(f"{tensor.name}: layers/ needs rows of values, shape {shape}")
+        return
     # The first features alone, so that none of them is pooled with others.
     features = logical.read([*((0, size) for size in shape[:-1]), (0, min(100, shape[-1]))])
     shown = sample(tensor, distributions.LIMIT)
-    leading = logical.read(_leading(shape, 1000)).reshape(-1)[:1000].double().numpy()
+    leading = wide(numbers(logical.read(_leading(shape, 1000))).reshape(-1)[:1000])
     path = drawing.path("layers", tensor)
     first = Sample(leading, leading.size, 1)
     image = image_of(features)

@@ -76,7 +76,7 @@ def _grids(grids: Sequence[Grid], xlabel: str, path: Path, title: str) -> Path:
         kept = _kept(grids[-1])
         shown = [Grid(tuple(g.rows[at] for at in kept), g.columns, g.values[kept]) for g in grids]
         note = f"the {ROWS} of {len(grids[0].rows)} families whose values stand out most"
-    drawn = figure(12, 1.4 + 0.16 * len(shown[0].rows))
+    drawn = figure(12, max(2.2, 1.4 + 0.16 * len(shown[0].rows)))
     panels = drawn.subplots(1, len(shown), sharey=True)
     for axes, grid, (key, signed) in zip(panels, shown, _PANELS, strict=True):
         paint(axes, grid, _TITLES.get(key, key), xlabel, signed=signed)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import Normalize, SymLogNorm
+from matplotlib.colors import LogNorm, Normalize, SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from matplotlib.ticker import MaxNLocator, NullLocator
@@ -45,9 +46,12 @@ LOOK: Any = {
 }
 
 
-def look() -> Any:
+@contextmanager
+def look() -> Iterator[None]:
     """Context within which figures have the look."""
-    return mpl.rc_context(LOOK)
+    # Logarithmic colours that reach to 1e300 are inverted to infinity at their far end.
+    with mpl.rc_context(LOOK), np.errstate(over="ignore"):
+        yield
 
 
 def figure(width: float, height: float) -> Figure:
@@ -128,11 +132,20 @@ def count_scale(axes: Axes, *, room: float = 1.0) -> None:
         axes.set_ylim(0, high * room)
 
 
-def symmetric_ticks(norm: Normalize) -> list[float] | None:
-    """Three ticks on each side of 0 for logarithmic colours; those of matplotlib overlap at 0."""
-    if not isinstance(norm, SymLogNorm) or norm.vmax is None:
+def colour_ticks(norm: Normalize) -> list[float] | None:
+    """Ticks for logarithmic colours; `None` leaves them to matplotlib.
+
+    On both sides of 0 its own overlap there, and over hundreds of decades they overflow.
+    """
+    if norm.vmin is None or norm.vmax is None:
         return None
-    return _powers(norm.linthresh, norm.vmax)
+    if isinstance(norm, SymLogNorm):
+        return _powers(norm.linthresh, norm.vmax)
+    if isinstance(norm, LogNorm) and norm.vmax / norm.vmin > 1e12:
+        low, high = np.ceil(np.log10(norm.vmin)), np.floor(np.log10(norm.vmax))
+        powers: list[float] = (10.0 ** np.linspace(low, high, 5).round()).tolist()
+        return powers
+    return None
 
 
 def _powers(linear: float, largest: float) -> list[float]:

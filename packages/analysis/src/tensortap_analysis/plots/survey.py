@@ -159,18 +159,28 @@ def _merged(rows: npt.NDArray[np.void], group: Numbers, groups: int) -> dict[str
     counts = {key: summed(rows[key]) for key in ("count", "nan", "posinf", "neginf", "zero")}
     nonfinite = counts["nan"] + counts["posinf"] + counts["neginf"]
     finite = rows["count"] - rows["nan"] - rows["posinf"] - rows["neginf"]
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+
+    def length(values: Floats, weights: Floats) -> Floats:
+        """Root of the weighted sum of squares, which itself may be beyond what float64 holds."""
+        size = _extreme(np.abs(values), group, groups, np.fmax)
+        scaled = np.divide(values, size[group], out=np.zeros(len(values)), where=size[group] > 0)
+        return size * np.sqrt(summed(weights * np.square(scaled)))
+
+    with np.errstate(divide="ignore", invalid="ignore"):
         whole = counts["count"] - nonfinite
-        mean = summed(finite * np.nan_to_num(rows["mean"])) / whole
-        apart = np.square(np.nan_to_num(rows["mean"]) - mean[group])
-        std = np.sqrt(summed(finite * (np.square(np.nan_to_num(rows["std"])) + apart)) / whole)
-        l2 = np.sqrt(summed(np.square(np.nan_to_num(rows["l2"]))))
+        share = finite / whole[group]
+        means = np.nan_to_num(rows["mean"])
+        mean = summed(share * means)
+        spread = np.hypot(np.nan_to_num(rows["std"]), means - mean[group])
+        std = length(spread, share)
+        l2 = length(np.nan_to_num(rows["l2"]), np.ones(len(rows)))
+    nothing = whole == 0
+    mean[nothing] = std[nothing] = l2[nothing] = np.nan
     found = {key: counts[key].astype(np.int64) for key in ("count", "nan", "zero")}
     ends = {
         key: _extreme(rows[key], group, groups, ufunc)
         for key, ufunc in (("min", np.fmin), ("max", np.fmax), ("absmax", np.fmax))
     }
-    l2[whole == 0] = np.nan
     return found | ends | {
         "nonfinite": nonfinite.astype(np.int64), "mean": mean, "std": std, "l2": l2,
     }  # fmt: skip

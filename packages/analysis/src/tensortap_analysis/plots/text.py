@@ -67,8 +67,8 @@ def _moments(found: Survey) -> list[str]:
         return ["range, mean, std   no finite value"]
     weight = finite[known] / finite.sum()
     mean = float((weight * found.mean[known]).sum())
-    apart = np.square(found.std[known]) + np.square(found.mean[known] - mean)
-    std = math.sqrt(float((weight * apart).sum()))
+    apart = np.hypot(found.std[known], found.mean[known] - mean)
+    std = math.hypot(*(np.sqrt(weight) * apart))
     low, high = float(np.nanmin(found.min)), float(np.nanmax(found.max))
     return [
         f"range              {low:.6g} .. {high:.6g}",

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,10 +13,11 @@ from tensortap.errors import NotSupported, RunCorrupt, RunError
 from tensortap.formats import Codec
 from tensortap.records import Statistics, TensorRecord
 from tensortap.stats import statistics
-from tensortap.store import Run, open_run
+from tensortap.store import Run
 from tensortap.store.logical import LogicalTensor
 from tensortap_analysis.boxes import boxes
 from tensortap_analysis.moments import Captured, captured
+from tensortap_analysis.sources import Source, label, opened
 from tensortap_analysis.whatif.estimate import estimate
 from tensortap_analysis.whatif.rounding import Tally, Values, codec_of, scaled_as_a_whole, tally
 
@@ -59,7 +58,7 @@ class WhatIf:
 
 
 def expected(
-    run: Run | str | os.PathLike[str],
+    run: Source,
     *,
     formats: Sequence[str] = FORMATS,
     select: str | Iterable[str] = "*",
@@ -70,7 +69,7 @@ def expected(
 
 
 def what_if(
-    run: Run | str | os.PathLike[str],
+    run: Source,
     *,
     formats: Sequence[str] = FORMATS,
     select: str | Iterable[str] = "*",
@@ -82,15 +81,22 @@ def what_if(
     Blocks lie along the contraction axis: `in` of a weight, the sequence of attention's value,
     the last axis of anything else. Where only statistics with exponents or a sample were
     captured, it is an estimate. `progress` gets the number of tensors done. Raises `ConfigError`
-    for an unknown format, `SelectionError` when nothing is selected.
+    for an unknown format, `SelectionError` when nothing is selected, `RunError` for no run or no
+    such step.
     """
     codecs = {name: codec_of(name) for name in formats}
-    with nullcontext(run) if isinstance(run, Run) else open_run(run) as opened:
+    with opened(run) as readable:
+        _require_step(readable, step, label(run))
         survey = _Survey(codecs)
-        for done, tensor in enumerate(captured(opened, select, step=step), start=1):
+        for done, tensor in enumerate(captured(readable, select, step=step), start=1):
             survey.add(tensor)
             progress(done)
         return survey.result()
+
+
+def _require_step(run: Run, step: int | None, path: str) -> None:
+    if step is not None and step not in run.steps:
+        raise RunError(f"{path} has nothing at step {step}; it has {run.steps}.")
 
 
 class _Survey:
