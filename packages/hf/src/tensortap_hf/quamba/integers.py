@@ -103,7 +103,10 @@ def rescaled(product: torch.Tensor, scale: float, to: float) -> Codes:
 def matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """`left @ right.T` of int8 codes [..., k] and [n, k], summed without error; int32 [..., n]."""
     rows = left.reshape(-1, left.shape[-1]).contiguous()
-    product = _int_mm if rows.is_cpu and _int_mm_is_exact() else _float_mm
+    # With k = 1 the strides of a transposed matrix are those of a plain one, which _int_mm takes
+    # it for.
+    fits = rows.is_cpu and rows.shape[1] > 1 and _int_mm_is_exact()
+    product = _int_mm if fits else _float_mm
     return product(rows, right).reshape(*left.shape[:-1], right.shape[0])
 
 

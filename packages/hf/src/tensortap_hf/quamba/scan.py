@@ -6,8 +6,8 @@
 composes the steps (a, b) in an associative scan: each of 32 to 128 threads reduces its 4 to 16
 tokens, the threads of a warp combine their results over distances 1, 2, 4, 8 and 16, then the
 warps one after the other, and at last each thread goes through its tokens again. A GPU rounds
-a multiply-add once, this code twice. Everything but the order of h is the same code, so that two
-results differ by their order alone.
+a multiply-add once, this code always twice (what `addcmul` does depends on how torch was built).
+Everything but the order of h is the same code, so that two results differ by their order alone.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ class Order:
     """How the steps of one piece are put together.
 
     `run(a, b, h, tokens)` takes a and b [batch, at most tokens, state, channel] and h before the
-    first of them [batch, state, channel]; it turns b into h after each, and returns the last h.
+    first of them [batch, state, channel]; it turns b into h after each, spoils a, and returns the
+    last h.
     """
 
     name: str
@@ -99,13 +100,14 @@ def _steps(inputs: ScanInputs, time: slice) -> _Steps:
 def _write(inputs: ScanInputs, time: slice, h: torch.Tensor, output: torch.Tensor) -> None:
     """Outputs of some tokens from their states; added one after the other, as the kernel does."""
     torch.mul(inputs.D, inputs.u[:, time], out=output)
+    term = torch.empty_like(output)
     for n in range(h.shape[2]):
-        output.addcmul_(h[:, :, n], inputs.C[:, time, n, None])
+        output.add_(torch.mul(h[:, :, n], inputs.C[:, time, n, None], out=term))
 
 
 def _in_sequence(a: torch.Tensor, b: torch.Tensor, h: torch.Tensor, tokens: int) -> torch.Tensor:
     for step, h_next in zip(a.unbind(1), b.unbind(1), strict=True):
-        h = h_next.addcmul_(step, h)
+        h = h_next.add_(step.mul_(h))
     return h.clone()
 
 
@@ -116,7 +118,7 @@ def _in_blocks(a: torch.Tensor, b: torch.Tensor, h: torch.Tensor, tokens: int) -
     whole, before = _across_threads(*_reduced(steps_a, steps_b))
     prefix = torch.cat([h[:, None], before[0] * h[:, None] + before[1]], dim=1)
     for step, h_next in zip(steps_a.unbind(2), steps_b.unbind(2), strict=True):
-        prefix = h_next.addcmul_(step, prefix)
+        prefix = h_next.add_(step.mul_(prefix))
     b.copy_(steps_b.flatten(1, 2)[:, : b.shape[1]])
     return whole[0] * h + whole[1]
 
