@@ -37,10 +37,11 @@ def worst(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _merged(parts: Sequence[dict[str, Any]], path: str, spread: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for metric, first in parts[0].items():
+    for metric in dict.fromkeys(metric for part in parts for metric in part):
         if metric == "unresolved" or metric in _DROPPED:
             continue
         values = [part.get(metric) for part in parts]
+        first = next((value for value in values if value is not None), None)
         name = f"{path}{metric}"
         if isinstance(first, dict):
             maps = [value for value in values if isinstance(value, dict)]

@@ -23,6 +23,7 @@ from rich.progress import (
 from tensortap import formats as known
 from tensortap.errors import ConfigError
 from tensortap.tables import print_whole
+from tensortap_analysis.weights.command.recommending import KINDS, Advice, advice
 from tensortap_analysis.weights.command.tables import (
     document,
     health_lines,
@@ -32,6 +33,8 @@ from tensortap_analysis.weights.command.tables import (
 )
 from tensortap_analysis.weights.health import SEVERITIES, Health, health
 from tensortap_analysis.weights.options import Options
+from tensortap_analysis.weights.recommend.compressing import ERROR
+from tensortap_analysis.weights.recommend.quantizing import SQNR_DB
 from tensortap_analysis.weights.result import ScanResult
 from tensortap_analysis.weights.scope import Scope
 
@@ -72,6 +75,14 @@ def scan(
     preset: Annotated[str, typer.Option(help="What counts as wrong: default or classic.")] = (
         "default"
     ),
+    recommend: Annotated[
+        str | None,
+        typer.Option(help="Print only advice: quant (formats by layer) or compress (low ranks)."),
+    ] = None,
+    sqnr: Annotated[float, typer.Option(help="SQNR in dB that --recommend quant keeps.")] = SQNR_DB,
+    error: Annotated[
+        float, typer.Option(help="Share of the norm that --recommend compress may lose.")
+    ] = ERROR,
     threshold: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=VALUE", help="Replace a limit: sqnr_warning=25."),
@@ -88,6 +99,8 @@ def scan(
     1 an issue of the severity that --fail-on names, 2 it could not be done.
     """
     limits = dict(_limit(text) for text in threshold or ())
+    if recommend is not None and recommend not in KINDS:
+        raise ConfigError(f"--recommend {recommend} is none of {', '.join(KINDS)}.")
     if fail_on is not None and fail_on not in SEVERITIES:
         raise ConfigError(f"--fail-on {fail_on} is none of {', '.join(SEVERITIES)}.")
     words, workers = _workers(model or [], parallel)
@@ -97,8 +110,10 @@ def scan(
         options = Options(_words(formats), full_spectrum)
         result = _scanned(words, methods, select, workers, options, output)
     found = health(result, preset, limits)
-    if as_json:
-        sys.stdout.write(json.dumps(document(result, found), indent=1) + "\n")
+    if recommend is not None:
+        _recommend(advice(result, recommend, preset, sqnr, error), as_json)
+    elif as_json:
+        _say(document(result, found))
     else:
         _print(result, found, limit, health_only)
     failed = any(found.at_least(one) for one in SEVERITIES if one == fail_on)
@@ -153,6 +168,19 @@ def _scanned(
             output=output,
             progress=progress,
         )
+
+
+def _recommend(found: Advice, as_json: bool) -> None:
+    if as_json:
+        _say(found.document)
+        return
+    console = Console(soft_wrap=True, highlight=False)
+    for line in found.lines or ("Nothing is recommended.",):
+        console.print(line)
+
+
+def _say(content: object) -> None:
+    sys.stdout.write(json.dumps(content, indent=1) + "\n")
 
 
 @contextmanager

@@ -1,0 +1,83 @@
+"""What `tensortap scan --recommend` prints: as JSON for tools, as lines for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tensortap_analysis.weights.command.tables import shown
+from tensortap_analysis.weights.recommend import (
+    LowRank,
+    QuantPlan,
+    compression_plan,
+    generate_quant_config,
+    quant_plan,
+    suggest_compression,
+)
+from tensortap_analysis.weights.recommend.classic import Suggestion
+from tensortap_analysis.weights.result import ScanResult
+
+KINDS = ("quant", "compress")
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """One recommendation: `document` is JSON, `lines` are rich markup."""
+
+    document: Any
+    lines: tuple[str, ...]
+
+
+def advice(result: ScanResult, kind: str, preset: str, sqnr_db: float, error: float) -> Advice:
+    """By the older guide's rules for the preset `classic`."""
+    if kind == "quant" and preset == "classic":
+        config = generate_quant_config(result)
+        return Advice(config, tuple(_classic_lines(config)))
+    if kind == "quant":
+        plan = quant_plan(result, sqnr_db=sqnr_db)
+        return Advice(plan.to_json(), tuple(_quant_lines(plan)))
+    if preset == "classic":
+        found = suggest_compression(result)
+        return Advice([asdict(one) for one in found], tuple(map(_suggestion, found)))
+    ranks = compression_plan(result, error=error)
+    return Advice([one.to_json() for one in ranks], tuple(_compress_lines(ranks, error)))
+
+
+def _classic_lines(config: dict[str, list[str]]) -> Iterator[str]:
+    for words, layers in config.items():
+        yield f"[bold]{words}[/] ({len(layers):,})"
+        yield from (f"  {shown(layer)}" for layer in layers)
+
+
+def _quant_lines(plan: QuantPlan) -> Iterator[str]:
+    bits = "" if plan.bits is None else f", {plan.bits:.2f} bits a value"
+    yield f"[bold]the cheapest format that keeps {plan.sqnr_db:g} dB[/]{bits}"
+    for choice in plan.choices:
+        chosen = choice.format or "as it is"
+        why = f" ({choice.reason})" if choice.reason else ""
+        sqnr = "" if choice.sqnr_db is None else f"  {choice.sqnr_db:.1f} dB"
+        yield f"  {shown(choice.layer)}: [bold]{chosen}[/]{sqnr}[dim]{shown(why)}[/]"
+    yield "[dim]--json prints it as config_groups and ignore for llm-compressor.[/]"
+
+
+def _suggestion(found: Suggestion) -> str:
+    left = (
+        "" if found.error is None else f"; rank {found.rank} leaves an error of {found.error:.0%}"
+    )
+    return (
+        f"  {shown(found.layer)}: {found.method} of rank {found.rank}, said to save "
+        f"{found.saving} % (stable over total rank {found.ratio:.2g}{left})"
+    )
+
+
+def _compress_lines(plans: Sequence[LowRank], error: float) -> Iterator[str]:
+    saved = sum(plan.saved for plan in plans)
+    count = f"[bold]{len(plans):,} layers bear a low rank with an error of {error:.0%}[/]"
+    yield f"{count}: {saved:,} values less"
+    for plan in plans:
+        others = ", ".join(f"{rank}: {left:.0%}" for rank, left in plan.errors.items())
+        yield (
+            f"  {shown(plan.layer)}: rank [bold]{plan.rank}[/] of {plan.full_rank}, error "
+            f"{plan.error:.1%}, {plan.share:.0%} smaller [dim](errors by rank {others})[/]"
+        )
