@@ -96,14 +96,16 @@ def test_a_nan_is_local_where_it_appears_and_its_layers_are_listed(runs):
     assert listed == ["layers.1.attn.out/forward/output (step 0): RUN 2 NaN"]
 
 
-def test_a_changed_weight_is_the_first_divergence_and_its_layer_is_local(runs, tmp_path):
+def test_a_changed_weight_is_local_and_what_its_layer_returns_inherits_from_it(runs, tmp_path):
     model = llama()
     with torch.no_grad():
         model.model.layers[1].mlp.gate_proj.weight[0] += 0.5
     [run] = compare(runs("ref"), capture(model, tmp_path / "weight")).runs
     assert run.first_divergence.name == "layers.1.mlp.gate/param/weight"
-    forward = [name for name in names(run.local) if "/forward/" in name]
-    assert forward == ["layers.1.mlp.gate/forward/output"]
+    assert str(run.first_divergence).endswith("added here; the weights differ")
+    assert names(run.local) == ["layers.1.mlp.gate/param/weight"]
+    output = next(d for d in run.divergences if d.name == "layers.1.mlp.gate/forward/output")
+    assert [pair.name for pair in output.inputs if pair.error > 0] == [run.first_divergence.name]
 
 
 def test_bf16_is_within_the_noise_of_another_bf16_run_and_an_error_is_not(runs):
@@ -129,7 +131,7 @@ def test_bf16_against_fp32_without_a_noise_run_is_explained_by_rounding_and_says
     assert found.verdict == "agree"
     [run] = found.runs
     assert run.estimated
-    assert all(j.estimated for j, p in zip(run.judgements, run.pairs, strict=True) if not p.equal
+    assert all(j.estimated for j, p in zip(run.judgements, run.pairs, strict=True) if p.error > 0
                and "mask" not in j.grade)  # fmt: skip
     assert compare(runs("ref"), runs("ref")).runs[0].estimated is False
 

@@ -7,28 +7,26 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from tensortap_analysis.inheritance import Basis, Inheritance, inheritance
+from tensortap_analysis.judgement import Judgement
+from tensortap_analysis.modules import Tensor
 from tensortap_analysis.pairs import Pair
-from tensortap_analysis.presets import Judgement
 from tensortap_analysis.upstream import upstream
 
 Origin = Literal["local", "inherited"]
 
-_AMPLIFIED = 4.0
-"""What a layer may make of a relative error without being suspected, where no noise tells.
-
-Llama models in bfloat16 were seen to amplify the error of one tensor to the next by up to 2.6.
-"""
-_MARGIN = 2.0
-"""The same on top of what the layer made of the noise run's error, which went another way."""
+_CLEAR = 1.5
+"""An error so many times the expected one is suspicious: the ratio that noise is allowed as well."""
 
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
     """A tensor beyond its limit, the errors of what it was computed from, and what that explains.
 
-    All errors are relative (L2 of the difference over L2 of the reference). `inherited` is the
-    most that the inputs' errors explain of `error`, `local` the least that was added here:
-    error**2 = inherited**2 + local**2.
+    All errors are relative (L2 of the difference over L2 of the reference). `origin` is what is
+    certain: `local` where the inputs' errors cannot explain the error. `inherited` is what they
+    are expected to make of it, `local` what was added here, by `basis` (see `Inheritance`).
+    `known` is false where not everything that the module was given was compared.
     """
 
     pair: Pair
@@ -37,6 +35,9 @@ class Divergence:
     error: float
     inherited: float
     local: float
+    origin: Origin
+    basis: Basis
+    known: bool = True
 
     @property
     def name(self) -> str:
@@ -44,48 +45,83 @@ class Divergence:
         return self.pair.name
 
     @property
-    def origin(self) -> Origin:
-        """`local` where more was added here than inherited."""
-        return "local" if self.local > self.inherited else "inherited"
+    def suspicious(self) -> bool:
+        """Was more added here than passes for amplification?"""
+        clear = self.basis in ("noise", "expected") and self.error > _CLEAR * self.inherited
+        return self.origin == "local" or clear
 
     def __str__(self) -> str:
-        inputs = ", ".join(f"{p.name} {_short(p.error)}" for p in self._worst_inputs())
-        beside = f"; its inputs: {inputs}" if inputs else "; nothing it was computed from differs"
         return (
-            f"{self.name} ({self.pair.at.when}): relative error {_short(self.error)}, "
-            f"{self.judgement.grade}; {self.origin}: at least {_short(self.local)} added here"
-            f"{beside}"
+            f"{self.name} ({self.pair.at.when}): {_size(self)}, {self.judgement.grade}; "
+            f"{_share(self)}; {_beside(self)}"
         )
 
-    def _worst_inputs(self) -> list[Pair]:
-        differing = [pair for pair in self.inputs if pair.error > 0]
-        return sorted(differing, key=lambda pair: -pair.error)[:3]
+
+def _size(found: Divergence) -> str:
+    if math.isinf(found.error) and found.pair.nonfinite:
+        return "NaN or infinity"
+    least = "at least " if found.pair.by == "statistics" else ""
+    return f"relative error {least}{_short(found.error)}"
+
+
+def _share(found: Divergence) -> str:
+    """What was added here, in words."""
+    if math.isinf(found.error):
+        return "first seen here" if found.origin == "local" else "inherited"
+    if found.basis == "statistics":
+        return "inherited or added here: statistics do not tell"
+    about = "" if found.basis == "measured" or not found.inherited else "about "
+    return f"{found.origin}: {about}{_short(found.local)} added here"
+
+
+def _beside(found: Divergence) -> str:
+    """The inputs and their errors, or why there are none."""
+    tensor = Tensor.of(found.name)
+    worst = sorted((p for p in found.inputs if p.error > 0), key=lambda p: -p.error)[:3]
+    if worst:
+        return "its inputs: " + ", ".join(f"{p.name} {_short(p.error)}" for p in worst)
+    if tensor.is_from_outside:
+        return "the runs were given other data"
+    if tensor.phase == "param":
+        return "the weights differ"
+    if not found.known:
+        return "what it was computed from was not all captured"
+    return "nothing it was computed from differs"
 
 
 def divergences(pairs: Sequence[Pair], judgements: Sequence[Judgement]) -> Iterator[Divergence]:
-    """Every tensor beyond its limit, in execution order, with what its inputs explain."""
-    for pair, judgement, sources in zip(pairs, judgements, upstream(pairs), strict=True):
-        if not judgement.within:
-            yield _divergence(pair, judgement, tuple(pairs[place] for place in sources))
+    """Every tensor beyond its limit, in execution order, with what its inputs explain.
+
+    A weight comes before what was made with it, also where it was recorded afterwards.
+    """
+    sources = list(upstream(pairs))
+    told: set[int] = set()
+    for place, judgement in enumerate(judgements):
+        for one in (*(late for late in sources[place].places if late > place), place):
+            if not (judgements[one].within or judgement.within or one in told):
+                told.add(one)
+                found = inheritance(pairs[one], sources[one], pairs)
+                given = tuple(pairs[at] for at in sources[one].places)
+                yield _divergence(pairs[one], judgements[one], found, given, sources[one].known)
 
 
-def _divergence(pair: Pair, judgement: Judgement, inputs: tuple[Pair, ...]) -> Divergence:
-    error = pair.error
-    explained = max((_explained(pair, given) for given in inputs), default=0.0)
-    if error <= explained:
-        return Divergence(pair, judgement, inputs, error, error, 0.0)
-    local = error if math.isinf(error) else math.sqrt(error**2 - explained**2)
-    return Divergence(pair, judgement, inputs, error, explained, local)
+def _divergence(
+    pair: Pair, judgement: Judgement, found: Inheritance, given: tuple[Pair, ...], known: bool
+) -> Divergence:
+    local = found.local if pair.error < math.inf else math.inf
+    origin: Origin = "local" if _is_local(pair, judgement, found) else "inherited"
+    if origin == "inherited" and math.isinf(pair.error):
+        local = 0.0
+    return Divergence(
+        pair, judgement, given, pair.error, found.inherited, local, origin, found.basis, known
+    )
 
 
-def _explained(pair: Pair, given: Pair) -> float:
-    """The error of `pair` that the error of one input can make."""
-    if given.error == 0:
-        return 0.0
-    noise, noise_given = pair.noise, given.noise
-    if noise is None or noise_given is None or not 0 < noise_given.error < math.inf:
-        return _AMPLIFIED * given.error
-    return _MARGIN * max(1.0, noise.error / noise_given.error) * given.error
+def _is_local(pair: Pair, judgement: Judgement, found: Inheritance) -> bool:
+    """Certainly: the added share alone is beyond the limit, or nothing explains the error."""
+    if found.basis == "measured" and judgement.excess < math.inf:
+        return judgement.excess * found.local >= pair.error
+    return pair.error > found.most
 
 
 def _short(value: float) -> str:

@@ -39,12 +39,24 @@ class Bounds:
 
 
 @dataclass(frozen=True, slots=True)
+class Passed:
+    """What a product makes of its operands' errors, and the error beyond it; relative L2.
+
+    Measured by putting each run's own operands through the product.
+    """
+
+    inherited: float
+    local: float
+
+
+@dataclass(frozen=True, slots=True)
 class Pair:
     """One tensor of both runs, and how they differ.
 
     `metrics` of a pair compared by statistics hold what each side said of itself and no
     difference; `bounds` tell how large it must be. `noise` is the same of the noise run, where
-    there is one. `order` is the place in the execution order of the reference.
+    there is one. `passed` tells inherited from added error, where that was measured. `order` is
+    the place in the execution order of the reference.
     """
 
     at: Moment
@@ -56,6 +68,7 @@ class Pair:
     bounds: Bounds | None = None
     note: str | None = None
     noise: Pair | None = None
+    passed: Passed | None = None
 
     @property
     def name(self) -> str:
@@ -102,14 +115,15 @@ class Pair:
             "ref": asdict(self.ref),
             "other": asdict(self.other),
             "metrics": self.metrics.to_json(),
-            "bounds": _encoded(self.bounds),
+            "bounds": None if self.bounds is None else _encoded(self.bounds),
             "noise": None if self.noise is None else self.noise.to_json(),
+            "passed": None if self.passed is None else _encoded(self.passed),
         }
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Pair:
         """Inverse of `to_json`; raises `KeyError`, `TypeError` or `ValueError` otherwise."""
-        bounds, noise = document["bounds"], document["noise"]
+        bounds, noise, passed = (document[key] for key in ("bounds", "noise", "passed"))
         return cls(
             at=Moment(**document["at"]),
             order=int(document["order"]),
@@ -120,6 +134,7 @@ class Pair:
             bounds=None if bounds is None else _bounds(bounds),
             note=document["note"],
             noise=None if noise is None else cls.from_json(noise),
+            passed=None if passed is None else _passed(passed),
         )
 
     def with_noise(self, noise: Pair | None) -> Pair:
@@ -127,10 +142,8 @@ class Pair:
         return replace(self, noise=noise)
 
 
-def _encoded(bounds: Bounds | None) -> dict[str, Any] | None:
-    if bounds is None:
-        return None
-    values = asdict(bounds)
+def _encoded(found: Bounds | Passed) -> dict[str, Any]:
+    values = asdict(found)
     return {key: encode_float(x) if isinstance(x, float) else x for key, x in values.items()}
 
 
@@ -138,6 +151,13 @@ def _bounds(document: Mapping[str, Any]) -> Bounds:
     floats = ("rmse", "max_abs", "relative_l2")
     found = {field.name: document[field.name] for field in fields(Bounds)}
     return Bounds(**found | {key: decode_float(found[key]) for key in floats})
+
+
+def _passed(document: Mapping[str, Any]) -> Passed:
+    inherited, local = (decode_float(document[key]) for key in ("inherited", "local"))
+    if inherited is None or local is None:
+        raise ValueError("passed-on errors are numbers")
+    return Passed(inherited, local)
 
 
 def _half(document: Mapping[str, Any]) -> Half:

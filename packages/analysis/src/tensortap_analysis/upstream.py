@@ -1,60 +1,100 @@
 """Which compared tensors a tensor was computed from, as far as names and order tell.
 
-There is no graph in a run. What a module returns comes from what it was given and from what the
-modules inside it returned; what it is given comes from its siblings that ran before, or from what
-its parent was given; a gradient comes from gradients by the same rules and from what its own
-module did in the forward pass. A tensor that is passed on under another name differs by exactly
-the same numbers, and is found by them.
+There is no graph in a run. What a module returns comes from what it was given, from its weights,
+and from what the modules inside it returned; what it is given comes from its siblings that ran
+before, or from what its parent was given; a gradient comes from gradients by the same rules and
+from what its own module did in the forward pass. A tensor that is passed on under another name
+differs by exactly the same numbers, and is found by them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
+from tensortap_analysis.modules import Tensor, Tree
 from tensortap_analysis.pairs import Pair
-
-_RETURNED = ("output", "context", "probs", "state")
-_RECEIVED_BACKWARD = ("grad_output", "grad_context")
-
-
-def upstream(pairs: Iterable[Pair]) -> Iterator[tuple[int, ...]]:
-    """For each pair the places of those it was computed from; pairs in execution order."""
-    histories: dict[object, _History] = {}
-    weights = _Weights()
-    for place, pair in enumerate(pairs):
-        at, tensor = pair.at, _Tensor.of(pair)
-        found = weights.past(tensor, at.step)
-        if tensor.phase != "param":
-            key = (at.step, at.microbatch, at.dp_rank, at.eval, at.recompute)
-            history = histories.setdefault(key, _History())
-            found |= history.sources(tensor, pair)
-            history.add(tensor, pair, place)
-        yield tuple(sorted(found))
-        weights.add(tensor, place)
 
 
 @dataclass(frozen=True, slots=True)
-class _Tensor:
-    module: str
-    phase: str
-    name: str
+class Sources:
+    """Places of what a tensor was computed from, by how their errors come together in it.
 
-    @classmethod
-    def of(cls, pair: Pair) -> _Tensor:
-        return cls(*pair.name.split("/"))
+    Those of `factors` (a module's inputs and weights) add up. Of `beside` (what the forward pass
+    had, in a gradient) and `through` (what the modules inside returned, or the same tensor under
+    another name) the worst counts. `known`: everything the module was given was compared, or it
+    has no inputs; else more may have differed.
+    """
 
-    @property
-    def returned(self) -> bool:
-        """Did the module compute it (rather than receive it)?"""
-        word = self.name.split(".")[0]
-        if self.phase == "forward":
-            return word in _RETURNED
-        return word not in _RECEIVED_BACKWARD
+    factors: tuple[int, ...] = ()
+    beside: tuple[int, ...] = ()
+    through: tuple[int, ...] = ()
+    known: bool = True
 
     @property
-    def is_weight(self) -> bool:
-        return self.name.split(".")[0] in ("weight", "bias") and self.phase != "grad"
+    def places(self) -> tuple[int, ...]:
+        """All of them, in order."""
+        return tuple(sorted({*self.factors, *self.beside, *self.through}))
+
+
+def upstream(pairs: Iterable[Pair]) -> Iterator[Sources]:
+    """For each pair what it was computed from; pairs in execution order.
+
+    A weight as it was used may be recorded after the output that it made: its place is then a
+    later one.
+    """
+    pairs = list(pairs)
+    operands = _Operands(pairs)
+    histories: dict[object, _History] = {}
+    weights = _Weights()
+    for place, pair in enumerate(pairs):
+        tensor = Tensor.of(pair.name)
+        found = weights.past(tensor, pair.at.step)
+        if tensor.is_weight:
+            found = replace(found, factors=weights.parameter(tensor))
+        else:
+            moment = _moment(pair)
+            plain = histories.get((*moment, False)) if pair.at.recompute else None
+            history = histories.setdefault((*moment, pair.at.recompute), _History(plain))
+            used = weights.used(tensor) | operands.used(tensor, moment)
+            found = _joined(found, history.sources(tensor, pair), used.values())
+            history.add(tensor, pair, place)
+        yield found
+        weights.add(tensor, place)
+
+
+def _moment(pair: Pair) -> tuple[object, ...]:
+    at = pair.at
+    return at.step, at.microbatch, at.dp_rank, at.eval
+
+
+class _Operands:
+    """Weights as they were used, which may be recorded after what was made of them."""
+
+    def __init__(self, pairs: Sequence[Pair]) -> None:
+        self._places: dict[tuple[object, str, str], dict[str, int]] = {}
+        for place, pair in enumerate(pairs):
+            tensor = Tensor.of(pair.name)
+            if tensor.is_weight and tensor.phase != "param":
+                key = (_moment(pair), tensor.module, tensor.phase)
+                self._places.setdefault(key, {})[tensor.name] = place
+
+    def used(self, tensor: Tensor, moment: object) -> dict[str, int]:
+        """Those of the module that makes this tensor with them, by name."""
+        if not tensor.returned or tensor.phase == "grad":
+            return {}
+        own = (self._places.get((moment, tensor.module, way), {}) for way in ("forward", "backward"))
+        forward, backward = own
+        return forward if tensor.phase == "forward" else forward | backward
+
+
+def _joined(past: Sources, found: Sources, weights: Iterable[int]) -> Sources:
+    return Sources(
+        (*found.factors, *weights),
+        found.beside,
+        (*found.through, *past.through),
+        found.known,
+    )
 
 
 @dataclass(slots=True)
@@ -64,144 +104,95 @@ class _Weights:
     latest: dict[str, dict[str, int]] = field(default_factory=dict)
     first_step: int | None = None
     step: int | None = None
-    last: set[int] = field(default_factory=set)
+    last: tuple[int, ...] = ()
     """The last tensor of the step before."""
     newest: int | None = None
     known: bool = False
     """Were parameters captured?"""
 
-    def past(self, tensor: _Tensor, step: int) -> set[int]:
+    def past(self, tensor: Tensor, step: int) -> Sources:
         """What a tensor of a later step takes from earlier ones."""
         self._enter(step)
         if step == self.first_step:
-            return set()
+            return Sources()
         if not self.known:
-            return set(self.last)  # nobody can say which weights changed
-        own = self.latest.get(tensor.module, {})
-        summed = tensor.phase in ("param", "grad")
-        return {place for name, place in own.items() if summed or name.startswith("param/")}
+            return Sources(through=self.last)  # nobody can say which weights changed
+        own = self.latest.get(tensor.module, {}) if tensor.phase in ("param", "grad") else {}
+        return Sources(through=tuple(own.values()))
 
     def _enter(self, step: int) -> None:
         self.first_step = step if self.first_step is None else self.first_step
         if step != self.step:
-            self.last = {self.newest} if self.newest is not None else set()
+            self.last = (self.newest,) if self.newest is not None else ()
             self.step = step
 
-    def add(self, tensor: _Tensor, place: int) -> None:
+    def parameter(self, tensor: Tensor) -> tuple[int, ...]:
+        """The parameter that an operand is made of."""
+        if tensor.phase == "param":
+            return ()
+        place = self.latest.get(tensor.module, {}).get(f"param/{tensor.name}")
+        return () if place is None else (place,)
+
+    def used(self, tensor: Tensor) -> dict[str, int]:
+        """The parameters of the module that makes this tensor with them, by name."""
+        if not tensor.returned or tensor.phase == "grad":
+            return {}
+        own = self.latest.get(tensor.module, {})
+        return {
+            name.removeprefix("param/"): place
+            for name, place in own.items()
+            if name.startswith("param/")
+        }
+
+    def add(self, tensor: Tensor, place: int) -> None:
         self.newest = place
         self.known |= tensor.phase == "param"
         if tensor.phase in ("param", "grad"):
             self.latest.setdefault(tensor.module, {})[f"{tensor.phase}/{tensor.name}"] = place
 
 
-@dataclass(slots=True)
-class _Node:
-    """One module: its latest tensors, by phase and name, and the modules inside it."""
-
-    path: str
-    latest: dict[tuple[str, str], int] = field(default_factory=dict)
-    children: dict[str, _Node] = field(default_factory=dict)
-    recent: dict[str, list[str]] = field(default_factory=dict)
-    """Numbered children that were seen in a phase, the last one last."""
-
-    @property
-    def numbered(self) -> bool:
-        return self.path.rpartition(".")[2].isdecimal()
-
-
 class _History:
-    """What was seen so far in one microbatch."""
+    """What was seen so far in one microbatch; `plain` is the forward that is recomputed."""
 
-    def __init__(self) -> None:
-        self._root = _Node("")
-        self._nodes: dict[str, _Node] = {"": self._root}
+    def __init__(self, plain: _History | None) -> None:
+        self._plain = plain
+        self._tree = Tree()
         self._alike: dict[tuple[object, ...], int] = {}
         self._last: int | None = None
 
-    def add(self, tensor: _Tensor, pair: Pair, place: int) -> None:
+    def add(self, tensor: Tensor, pair: Pair, place: int) -> None:
         """Remember a tensor for those that come later."""
-        node = self._node(tensor.module)
-        node.latest[tensor.phase, tensor.name] = place
-        self._touch(node, tensor.phase)
+        self._tree.add(tensor, place)
         if pair.error > 0:
             self._alike[_numbers(pair)] = place
         self._last = place
 
-    def sources(self, tensor: _Tensor, pair: Pair) -> set[int]:
-        """Places of the tensors it comes from; the one before, where names tell nothing."""
-        if tensor.is_weight:
-            return set()
-        node = self._node(tensor.module)
-        how = self._returned_from if tensor.returned else self._given
-        found = set(how(node, tensor))
+    def sources(self, tensor: Tensor, pair: Pair) -> Sources:
+        """What it comes from; the tensor before it, where names tell nothing."""
+        found = self._by_names(tensor)
         twin = self._alike.get(_numbers(pair))
-        found |= {twin} if twin is not None else set()
-        return found or ({self._last} if self._last is not None else set())
+        if twin is not None:
+            return replace(found, through=(*found.through, twin))
+        if found.places or tensor.is_from_outside:
+            return found
+        known = self._plain.find(tensor) if self._plain is not None else None
+        if known is not None:
+            return Sources(through=(known,))
+        return Sources(through=() if self._last is None else (self._last,), known=False)
 
-    def _returned_from(self, node: _Node, tensor: _Tensor) -> Iterator[int]:
-        phases = ("forward",) if tensor.phase == "forward" else ("forward", "backward")
-        for (phase, name), place in node.latest.items():
-            if phase in phases and not _Tensor(node.path, phase, name).is_weight:
-                yield place
-        children = self._root if node.path == "root" else node
-        for phase in phases:
-            yield from self._inside(children, phase)
+    def find(self, tensor: Tensor) -> int | None:
+        """The place of this very tensor."""
+        return self._tree.find(tensor)
 
-    def _given(self, node: _Node, tensor: _Tensor) -> Iterator[int]:
-        parent = self._parent(node)
-        if tensor.phase != "forward" and parent is not None:
-            # A product's gradient is made of what the other factor was.
-            for sibling in parent.children.values():
-                if sibling is node or not sibling.numbered:
-                    yield from _own(sibling, "forward", returned=True)
-        while parent is not None:
-            before = [*self._inside(parent, tensor.phase, but=node)]
-            before += _own(parent if parent.path else self._nodes.get("root", parent), tensor.phase)
-            yield from before
-            if before:
-                return
-            node, parent = parent, self._parent(parent)
-
-    def _inside(self, parent: _Node, phase: str, but: _Node | None = None) -> Iterator[int]:
-        """What the modules inside returned; of numbered ones (layers) only the latest.
-
-        Of one that is still at work, what its insides returned so far, or what they were given.
-        """
-        recent = [path for path in parent.recent.get(phase, ()) if but is None or path != but.path]
-        for child in parent.children.values():
-            if child is but or (child.numbered and child.path not in recent[-1:]):
-                continue
-            own = list(_own(child, phase, returned=True)) or list(self._inside(child, phase))
-            yield from own or _own(child, phase)
-
-    def _node(self, path: str) -> _Node:
-        if path not in self._nodes:
-            node = self._nodes[path] = _Node(path)
-            if path != "root":
-                self._node(path.rpartition(".")[0]).children[path] = node
-        return self._nodes[path]
-
-    def _parent(self, node: _Node) -> _Node | None:
-        return self._nodes[node.path.rpartition(".")[0]] if node.path not in ("", "root") else None
-
-    def _touch(self, node: _Node, phase: str) -> None:
-        parent = self._parent(node)
-        while parent is not None:
-            if node.numbered:
-                recent = parent.recent.setdefault(phase, [])
-                if node.path in recent:
-                    recent.remove(node.path)
-                recent.append(node.path)
-                del recent[:-2]  # the latest, and the one before where the latest itself asks
-            node, parent = parent, self._parent(parent)
-
-
-def _own(node: _Node, phase: str, *, returned: bool = False) -> Iterator[int]:
-    """Tensors of this module that it returned, or that it was given."""
-    for (seen, name), place in node.latest.items():
-        tensor = _Tensor(node.path, seen, name)
-        if seen == phase and tensor.returned == returned and not tensor.is_weight:
-            yield place
+    def _by_names(self, tensor: Tensor) -> Sources:
+        forward = tensor.phase == "forward"
+        beside = () if forward else tuple(self._tree.beside(tensor))
+        if not tensor.returned:
+            given = tuple(self._tree.given(tensor))
+            return Sources(given, beside, (), bool(given or beside or tensor.is_from_outside))
+        own = tuple(self._tree.inputs(tensor)) or tuple(self._tree.given(tensor))
+        inside = tuple(self._tree.inside(tensor))
+        return Sources(own, beside, inside, bool(own or inside))
 
 
 def _numbers(pair: Pair) -> tuple[object, ...]:
