@@ -125,8 +125,8 @@ def report_equalities(equal: list[Equality]) -> None:
     for one in equal:
         if one.kind == "violated":
             printing.complain(str(one))
-        elif one.kind == "undeclared":
-            printing.warn(str(one))
+    for sentence in equality.sentences(equal):
+        printing.warn(sentence)
 
 
 def _json(plan: Plan, out: Path, outcomes: list[Outcome], equal: list[Equality]) -> dict[str, Any]:

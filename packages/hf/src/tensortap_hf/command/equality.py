@@ -30,10 +30,7 @@ class Equality:
         pair = f"{self.one} and {self.other}"
         if self.kind == "violated":
             return f"{pair} are declared to be bitwise equal, and differ from {self.first} on."
-        same = f"{pair} are bitwise equal in all {self.tensors:,} outputs"
-        if self.kind == "declared":
-            return f"{same}, as they declare."
-        return f"{same}, though they are different modes: one does nothing here, or not its own."
+        return f"{pair} are bitwise equal in all {self.tensors:,} outputs."
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -53,6 +50,37 @@ def equalities(runs: Sequence[ModeRun]) -> list[Equality]:
             first = None if parted is None else f"{parted[0]} (sample {parted[1]})"
             found.append(Equality(one.name, other.name, kind, len(common), first))
     return found
+
+
+def sentences(found: Sequence[Equality]) -> list[str]:
+    """What is equal and nobody declared, one sentence for all modes that are equal together."""
+    same: list[set[str]] = []
+    for one in found:
+        if one.kind != "violated":
+            joined = [group for group in same if group & {one.one, one.other}]
+            same = [group for group in same if group not in joined]
+            same.append({one.one, one.other}.union(*joined))
+    suspect = {name for one in found if one.kind == "undeclared" for name in (one.one, one.other)}
+    return [_suspicion(group, found) for group in same if group & suspect]
+
+
+def _suspicion(group: set[str], found: Sequence[Equality]) -> str:
+    declared = [one for one in found if one.kind == "declared" and {one.one, one.other} <= group]
+    names = list(dict.fromkeys(name for one in found for name in (one.one, one.other)))
+    kinds: list[list[str]] = []
+    for name in (name for name in names if name in group):
+        partners = {
+            name,
+            *(n for e in declared for n in (e.one, e.other) if name in (e.one, e.other)),
+        }
+        kind = next((kind for kind in kinds if partners & set(kind)), None)
+        kinds.append([name]) if kind is None else kind.append(name)
+    tensors = next(one.tensors for one in found if {one.one, one.other} <= group)
+    said = " and ".join(" = ".join(kind) for kind in kinds)
+    return (
+        f"{said} are bitwise equal in all {tensors:,} outputs, though they are different modes: "
+        "either they do not differ on these inputs, or one of them is not what it says."
+    )
 
 
 def groups(runs: Sequence[ModeRun], name: str) -> list[list[str]]:

@@ -81,6 +81,9 @@ def find(name: str, runs: Sequence[ModeRun], folder: Path) -> ModeRun:
     of_mode = [one for one in runs if one.mode == name]
     if len(of_mode) == 1:
         return of_mode[0]
+    if of_mode:
+        spelled = " or ".join(f"{one.family}/{one.mode}" for one in of_mode)
+        raise RunError(f"{folder} has several runs of mode {name!r}; write {spelled}.")
     near = nearest(name, [one.name for one in runs])
     raise RunError(
         f"{folder} has no run of mode {name!r}; it has {near}. This makes it: "

@@ -25,15 +25,21 @@ _GRIDS = {
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+_QUAMBA = "QuambaLMHeadModel"
+"""The int8 model of the package quamba, which is none of transformers; it can be `loaded`."""
+
+
 def refuse(model: nn.Module) -> str | None:
     """Why these modes cannot serve a model: it is none of transformers."""
-    if integration.pretrained(model):
+    if integration.pretrained(model) or type(model).__name__ == _QUAMBA:
         return None
     return f"{type(model).__name__} holds no transformers PreTrainedModel."
 
 
 def quantization_method(model: nn.Module) -> str | None:
     """How the weights of a loaded checkpoint are quantised (`torchao`); `None`: they are not."""
+    if type(model).__name__ == _QUAMBA:
+        return "quamba"
     for found in integration.pretrained(model):
         config: Any = getattr(found.config, "quantization_config", None)
         if config is not None:
