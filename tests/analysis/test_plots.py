@@ -123,13 +123,19 @@ def test_a_run_of_statistics_is_drawn_as_far_as_it_goes_and_says_what_is_missing
     assert_is_a_picture(tmp_path / "out" / "quick_analysis.png")
 
 
-def test_a_folder_of_another_layout_is_drawn_like_a_run(cli, runs, tmp_path):
-    select = "layers.0.attn.core/forward/*"
-    assert cli("export", runs / "full", "--select", select, "--out", tmp_path / "pt")[0] == 0
-    code, _, _ = cli("plot", tmp_path / "pt", "--out", tmp_path / "out", "--layout", "pt")
-    assert code == 0
-    assert (tmp_path / "out" / "attention_maps" / "layers.0.attn.core.png").exists()
-    assert len(list((tmp_path / "out" / "heatmaps").iterdir())) == 5
+@pytest.mark.parametrize("layout", ["pt", "megatron-pt"])
+def test_a_folder_of_another_layout_is_drawn_like_a_run(cli, runs, tmp_path, layout):
+    select, folder, out = "layers.0.attn.core/forward/*", tmp_path / "old", tmp_path / "out"
+    wanted = runs / "full", "--select", select, "--out", folder, "--layout", layout
+    assert cli("export", *wanted)[0] == 0
+    assert any(folder.rglob("*.pt"))
+    code, printed, _ = cli("plot", folder, "--out", out, "--json")
+    assert (code, json.loads(printed)["failed"]) == (0, [])
+    assert (out / "attention_maps" / "layers.0.attn.core.png").exists()
+    assert len(list((out / "heatmaps").iterdir())) == 5
+    assert (out / "tensor_stats.txt").read_text().splitlines()[0].split() == ["run", str(folder)]
+    named = cli("plot", folder, "--out", tmp_path / "again", "--layout", layout, "--worst", 0)
+    assert named[0] == 0
 
 
 def test_select_draws_all_it_names(runs, tmp_path):

@@ -61,7 +61,7 @@ def plot(
         progress = stack.enter_context(_progress())
         done = draw(
             shown, out, against=ref, select=select, step=step, count=worst, causal=causal,
-            progress=progress,
+            called=str(run), progress=progress,
         )  # fmt: skip
     if as_json:
         _print_json(done)

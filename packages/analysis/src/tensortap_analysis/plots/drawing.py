@@ -34,6 +34,7 @@ class Drawing:
     """Pictures of one run as they are drawn; `latest` is every tensor at its last step."""
 
     run: Run
+    called: str
     found: Survey
     latest: dict[str, Captured]
     out: Path

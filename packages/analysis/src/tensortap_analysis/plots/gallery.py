@@ -30,21 +30,24 @@ def plot(
     step: int | None = None,
     count: int = 12,
     causal: bool = True,
+    called: str | None = None,
     progress: Progress = lambda what: None,
 ) -> Plotted:
     """Draw the run into the new folder `out`: summaries of all tensors, then single tensors.
 
     Single are the `count` worst: those with NaN or Inf, else those whose farthest value is the
     most standard deviations from the mean, or with `against` of the largest relative L2 error.
-    `select` names others instead, without a limit; parts of fused tensors too. Raises
-    `SelectionError`, `RunError` for a run without records, `RunExists`.
+    `select` names others instead, without a limit; parts of fused tensors too. `called` is what
+    the text calls the run, by default its path. Raises `SelectionError`, `RunError` for a run
+    without records, `RunExists`.
     """
     found = survey(run, step=step)
     if not len(found.name):
         raise RunError(f"{run.path} has no statistics to draw at step {step}; it has {run.steps}.")
     chosen = None if select is None else selected(run, found, select)
     new_folder(out)
-    drawing = Drawing(run, found, at_moments(run, latest(found)), out, progress)
+    held = at_moments(run, latest(found))
+    drawing = Drawing(run, called or str(run.path), found, held, out, progress)
     with look():
         draw_summaries(drawing)
         _draw_attention(drawing, chosen, causal=causal)

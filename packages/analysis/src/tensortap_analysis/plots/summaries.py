@@ -20,7 +20,7 @@ def draw_summaries(drawing: Drawing) -> None:
     formats = {name: format_of(tensor.first()) for name, tensor in drawing.latest.items()}
     values, tensors = text.shares(found, formats)
     page = drawing.out / "tensor_stats.txt"
-    page.write_text(text.text(run, found, values, tensors), encoding="utf-8")
+    page.write_text(text.text(drawing.called, run, found, values, tensors), encoding="utf-8")
     title = f"{run.path.name}: {run.info.model_class}, {len(found.names):,} tensors"
     quick_path = drawing.out / "quick_analysis.png"
     drawing.done.files += [page, quick.draw(_magnitudes(drawing), values, quick_path, title)]

@@ -32,12 +32,12 @@ def shares(found: Survey, formats: Mapping[str, str]) -> tuple[Shares, Shares]:
     return values, tensors
 
 
-def text(run: Run, found: Survey, by_values: Shares, by_tensors: Shares) -> str:
-    """The page."""
+def text(called: str, run: Run, found: Survey, by_values: Shares, by_tensors: Shares) -> str:
+    """The page; `called` is what the run is called."""
     count = int(found.count.sum())
     strange = int(found.nonfinite.sum())
     lines = [
-        f"run                {run.path}",
+        f"run                {called}",
         f"model              {run.info.model_class or 'unknown'}",
         f"tensors            {len(found.names):,} names, {len(found.name):,} at "
         f"{len(found.steps):,} step(s)",
