@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import count
 
 from tensortap.errors import ConfigError
 from tensortap_analysis.comparison import Comparison, RunComparison, judged_again
+from tensortap_analysis.crews import Crew
 from tensortap_analysis.examining import BLOCK, NotComparable, examine
 from tensortap_analysis.facts import facts_of
 from tensortap_analysis.layers import changes
 from tensortap_analysis.moments import Catalogue, Moment, catalogue
-from tensortap_analysis.pairing import Match, Unpaired, gathered, pair
+from tensortap_analysis.pairing import Match, Pairing, Partners, Unpaired, gathered, pair
 from tensortap_analysis.pairs import Pair
 from tensortap_analysis.presets import preset as known_preset
 from tensortap_analysis.sources import Source, label, opened
@@ -36,7 +38,8 @@ def compare(
     A run is a directory, an open `Run`, or a folder in any layout that can be imported. `noise` is
     a second reference whose difference from `ref` must be accepted (the same in bf16 on a trusted
     device, or a repeat with another seed). `preset` and `thresholds` judge; what was measured does
-    not depend on them. `block` elements of each side are in memory at once. Raises `RunError`
+    not depend on them. `block` elements of each side are in memory at once, of the tensors that
+    torch's threads compare at the same time together. Raises `RunError`
     where a run cannot be opened, `SelectionError` and `ConfigError` for what cannot be asked.
     """
     if not runs:
@@ -65,44 +68,68 @@ class _Work:
         self._ref = ref
         self._noise = noise
         self._block = block
-        self._noisy: dict[tuple[str, Moment], Match] = {}
+        self._noisy = None if noise is None else Partners(ref, noise)
         self._measured: dict[tuple[str, Moment], Pair | None] = {}
-        if noise is not None:
-            self._noisy = {(match.name, match.ref): match for match in pair(ref, noise).matches}
 
     def compare(
         self, others: list[Catalogue], paths: list[str], progress: Progress
     ) -> list[RunComparison]:
         pairings = [pair(self._ref, other) for other in others]
-        total, done = sum(len(pairing.matches) for pairing in pairings), 0
-        found = []
-        for other, path, pairing in zip(others, paths, pairings, strict=True):
-            pairs, failed = [], []
-            for match in pairing.matches:
-                try:
-                    compared = examine(match, self._ref, other, block=self._block)
-                    pairs.append(compared.with_noise(self._noise_of(match)))
-                except NotComparable as reason:
-                    failed.append(Unpaired(match.name, "both", str(reason)))
-                done += 1
-                progress(done, total)
-            moved = changes(pairing.matches, self._ref, other, block=self._block)
-            unpaired = (*gathered(failed), *pairing.unpaired)
-            found.append(
-                RunComparison(facts_of(other.run, path), tuple(pairs), unpaired, tuple(moved))
-            )
-        return found
+        total = sum(len(pairing.matches) for pairing in pairings)
+        done = count(1)
+        return [
+            self._compared(other, path, pairing, lambda: progress(next(done), total))
+            for other, path, pairing in zip(others, paths, pairings, strict=True)
+        ]
 
-    def _noise_of(self, match: Match) -> Pair | None:
+    def _compared(
+        self, other: Catalogue, path: str, pairing: Pairing, tick: Callable[[], None]
+    ) -> RunComparison:
+        matches = pairing.matches
+        crew = Crew.for_tensors(len(matches), _typical_bytes(matches, self._ref))
+        pairs, failed, same = [], [], []
+        outcomes = crew.each(lambda match: self._outcome(match, other, crew), matches)
+        for match, outcome in zip(matches, outcomes, strict=True):
+            tick()
+            if isinstance(outcome, Pair):
+                pairs.append(outcome)
+                same.append(match)
+            else:
+                failed.append(outcome)
+        moved = changes(same, self._ref, other, block=self._block // crew.workers, crew=crew)
+        unpaired = (*gathered(failed), *pairing.unpaired)
+        return RunComparison(facts_of(other.run, path), tuple(pairs), unpaired, tuple(moved))
+
+    def _outcome(self, match: Match, other: Catalogue, crew: Crew) -> Pair | Unpaired:
+        try:
+            return self._examined(match, other, crew).with_noise(self._noise_of(match, crew))
+        except NotComparable as reason:
+            return Unpaired(match.name, "both", str(reason))
+
+    def _examined(self, match: Match, other: Catalogue, crew: Crew) -> Pair:
+        block = self._block // crew.workers
+        return examine(match, self._ref, other, block=block, threads=crew.threads)
+
+    def _noise_of(self, match: Match, crew: Crew) -> Pair | None:
         key = (match.name, match.ref)
         if key not in self._measured:
-            self._measured[key] = self._measure_noise(self._noisy.get(key))
+            self._measured[key] = self._measure_noise(match, crew)
         return self._measured[key]
 
-    def _measure_noise(self, match: Match | None) -> Pair | None:
-        if match is None or self._noise is None:
+    def _measure_noise(self, match: Match, crew: Crew) -> Pair | None:
+        noisy = self._noisy.of(match) if self._noisy is not None else None
+        if noisy is None or self._noise is None:
             return None
         try:
-            return examine(match, self._ref, self._noise, block=self._block)
+            return self._examined(noisy, self._noise, crew)
         except NotComparable:
             return None  # such tensors are counted by `noise_warnings`
+
+
+def _typical_bytes(matches: Sequence[Match], ref: Catalogue) -> float:
+    """The mean size of a few of the tensors, evenly spread; 0 for statistics."""
+    some = matches[:: max(1, len(matches) // _SAMPLES)]
+    return sum(ref.moments[match.ref].nbytes for match in some) / max(len(some), 1)
+
+
+_SAMPLES = 16

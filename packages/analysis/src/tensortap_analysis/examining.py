@@ -27,8 +27,15 @@ class NotComparable(Exception):
     """These two tensors cannot be compared; the message is the reason, as half a sentence."""
 
 
-def examine(match: Match, ref: Catalogue, other: Catalogue, *, block: int = BLOCK) -> Pair:
-    """How the two tensors of a match differ; raises `NotComparable`.
+def examine(
+    match: Match,
+    ref: Catalogue,
+    other: Catalogue,
+    *,
+    block: int = BLOCK,
+    threads: int | None = None,
+) -> Pair:
+    """How the two tensors of a match differ; raises `NotComparable`. On torch's threads or fewer.
 
     Both with all values: all metrics, read block by block. A sample against the same sample or
     against all values: all metrics of the sample. Else statistics against statistics.
@@ -37,16 +44,18 @@ def examine(match: Match, ref: Catalogue, other: Catalogue, *, block: int = BLOC
     kinds = {ref.moments[match.ref].values, other.moments[match.other].values}
     try:
         if kinds == {"full"}:
-            return _values(match, order, ref, other, block)
+            return _values(match, order, ref, other, block, threads)
         found = _sample(match, order, ref, other) if "stats" not in kinds else None
         return found or _statistics(match, order, ref, other)
     except (RunError, NotSupported) as failure:
         raise NotComparable(str(failure).rstrip(".")) from failure
 
 
-def _values(match: Match, order: int, ref: Catalogue, other: Catalogue, block: int) -> Pair:
+def _values(
+    match: Match, order: int, ref: Catalogue, other: Catalogue, block: int, threads: int | None
+) -> Pair:
     one, two, aligned = _aligned(match, ref, other)
-    metrics = difference(one, two, aligned, block)
+    metrics = difference(one, two, aligned, block, threads)
     return Pair(match.at, order, "values", _half(one), _half(two), metrics, note=aligned.note)
 
 
@@ -68,7 +77,11 @@ def _aligned(
 
 
 def difference(
-    one: LogicalTensor, two: LogicalTensor, aligned: Alignment, block: int = BLOCK
+    one: LogicalTensor,
+    two: LogicalTensor,
+    aligned: Alignment,
+    block: int = BLOCK,
+    threads: int | None = None,
 ) -> Metrics:
     """All metrics of two logical tensors, of which one block each is in memory at a time."""
     shape = aligned.shape
@@ -76,7 +89,7 @@ def difference(
         if aligned.moves:
             raise NotComparable("the axes of packed 4-bit values cannot be moved")
         shape = (*shape[:-1], 2 * shape[-1])
-    return measure(lambda: blocks(one, two, aligned, block), shape=shape)
+    return measure(lambda: blocks(one, two, aligned, block), shape=shape, threads=threads)
 
 
 def blocks(

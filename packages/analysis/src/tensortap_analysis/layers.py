@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
-
-import torch
 
 from tensortap.errors import NotSupported, RunError
 from tensortap.records import decode_float, encode_float
 from tensortap_analysis.alignment import align
+from tensortap_analysis.crews import ALONE, Crew
 from tensortap_analysis.examining import BLOCK, blocks
+from tensortap_analysis.metrics import change
 from tensortap_analysis.moments import Catalogue, Moment
 from tensortap_analysis.pairing import Match
 from tensortap_analysis.pairs import Pair
@@ -20,9 +20,6 @@ from tensortap_analysis.words import layer_of
 
 JUMP = 10.0
 """The largest |L_i - L_(i-1)| that is not called a jump, and the largest |mean| that is normal."""
-
-_PIECE = 1 << 18
-"""Elements at a time: their differences in float64 stay in a core's cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +70,20 @@ def changes(
     other: Catalogue,
     *,
     block: int = BLOCK,
-    progress: Callable[[], None] = lambda: None,
+    crew: Crew = ALONE,
 ) -> Iterator[Change]:
-    """What each layer changes of the output of the layer before it, of layers both runs have."""
-    for before, after in _neighbours(matches):
+    """What each layer changes of the output of the layer before it, of layers both runs have.
+
+    The tensors have been compared: their digests are not verified once more.
+    """
+
+    def between(pair: tuple[Match, Match]) -> Change:
+        before, after = pair
         one = _change(ref, before.ref, after.ref, block)
         two = _change(other, before.other, after.other, block)
-        yield Change(before.name, after.at, *one, *two)
-        progress()
+        return Change(before.name, after.at, *one, *two)
+
+    return crew.each(between, list(_neighbours(matches)))
 
 
 def _neighbours(matches: Iterable[Match]) -> Iterator[tuple[Match, Match]]:
@@ -112,16 +115,11 @@ def _change(
     if side.moments[before].values != "full" or side.moments[after].values != "full":
         return None, None
     try:
-        one, two = side.tensor(before, before.name), side.tensor(after, after.name)
+        one, two = (side.tensor(x, x.name, verify=False) for x in (before, after))
         aligned = align(one.shape, one.dims, two.shape, two.dims)
         if isinstance(aligned, str) or not math.prod(aligned.shape):
             return None, None
-        largest, total = 0.0, 0.0
-        for ref, other in blocks(one, two, aligned, min(block, _PIECE)):
-            apart = other.to(torch.float64).sub_(ref).abs_()
-            # Not max(): it would lose a NaN that stands on its left.
-            largest = torch.maximum(torch.tensor(largest).double(), apart.max()).item()
-            total += apart.sum().item()
+        largest, total = change(blocks(one, two, aligned, block))
     except (RunError, NotSupported):
         return None, None  # the pair itself says what is wrong with these tensors
     return largest, total / math.prod(aligned.shape)

@@ -105,15 +105,20 @@ class Captured:
             found.setdefault(place_of(record), record)
         return list(found.values())
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its payloads; of the fused tensor where this is a part."""
+        return sum(record.payload.nbytes for record in self._read() if record.payload is not None)
+
     def _read(self) -> Iterator[TensorRecord]:
         for rank, line in self.lines:
             record = self.run.record_at(rank, line)
             if record is not None:
                 yield record
 
-    def open(self, *, padded: bool = False) -> LogicalTensor:
-        """The tensor, mapped but not read; raises `RunError`."""
-        which = Which(dp_rank=self.moment.dp_rank, padded=padded)
+    def open(self, *, padded: bool = False, verify: bool = True) -> LogicalTensor:
+        """The tensor, mapped and read only to be verified; raises `RunError`."""
+        which = Which(dp_rank=self.moment.dp_rank, padded=padded, verify=verify)
         return self.run.logical_of(self.records(), which, part=self.part)
 
 
@@ -140,9 +145,11 @@ class Catalogue:
         """Its records, one a rank; of a gradient the last, which is the sum of all before it."""
         return self.moments[moment].records()
 
-    def tensor(self, moment: Moment, name: str, *, padded: bool = False) -> LogicalTensor:
+    def tensor(
+        self, moment: Moment, name: str, *, padded: bool = False, verify: bool = True
+    ) -> LogicalTensor:
         """The tensor `name` of this moment, which may be a part of what was captured."""
-        return self.moments[moment].as_part(name).open(padded=padded)
+        return self.moments[moment].as_part(name).open(padded=padded, verify=verify)
 
     def tensors(self) -> Iterator[Captured]:
         """All that is selected: a fused tensor where it is itself, else its selected parts."""

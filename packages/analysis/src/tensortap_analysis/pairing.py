@@ -57,6 +57,18 @@ def pair(ref: Catalogue, other: Catalogue) -> Pairing:
     return Pairing(matches, tuple(gathered(pairing.leftovers())))
 
 
+class Partners:
+    """Where another run has the tensors of a reference that are compared with a first one."""
+
+    def __init__(self, ref: Catalogue, other: Catalogue) -> None:
+        self._pairer = _Pairer(ref, other)
+
+    def of(self, match: Match) -> Match | None:
+        """The same tensor of the reference, or the same part of it, and what this run has of it."""
+        found = self._pairer.partner(match.name, match.ref)
+        return None if found is None else Match(match.name, match.ref, found)
+
+
 def gathered(unpaired: Iterator[Unpaired] | list[Unpaired]) -> list[Unpaired]:
     """Each name and reason once, counted."""
     found: dict[tuple[str, Where, str], int] = {}
@@ -99,6 +111,11 @@ class _Pairer:
         if name not in self.ref.whole:
             return parts
         return parts if any(self._partner(part, moment) for part in parts) else [name]
+
+    def partner(self, name: str, moment: Moment) -> Moment | None:
+        """Where the other run has a tensor that may be cut in another way there."""
+        whole = name == moment.name and name in self.ref.parts
+        return None if whole and not self._cut_alike(name) else self._partner(name, moment)
 
     def _partner(self, name: str, moment: Moment) -> Moment | None:
         """Where the other run has this tensor: as it is, or inside a fused one."""

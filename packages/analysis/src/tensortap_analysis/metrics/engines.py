@@ -14,7 +14,7 @@ from tensortap_analysis.metrics.fallback import Plain
 
 
 class Engine(Protocol):
-    """Three passes over prepared blocks; see `tensortap.native.comparing.Comparing`."""
+    """Passes over prepared blocks; see `tensortap.native.comparing.Comparing`."""
 
     threads: int
 
@@ -41,6 +41,9 @@ class Engine(Protocol):
     def count(self, ref: torch.Tensor, other: torch.Tensor, pairs: CodePairs) -> None:
         """Count the pairs of a block of codes."""
 
+    def change(self, ref: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
+        """The largest and the summed |other - ref|; NaN once one of them is."""
+
 
 class Compiled:
     """The kernel, on so many of torch's threads."""
@@ -48,6 +51,7 @@ class Compiled:
     def __init__(self, library: native.Library, threads: int) -> None:
         self._comparing: Comparing = library.comparing
         self.threads = threads if library.threaded else 1
+        self.change = self._comparing.change
 
     def add(
         self,

@@ -76,6 +76,12 @@ class Plain:
             pairs.times[0] += np.bincount(codes, minlength=PAIRS_OF_CODES)
             pairs.total += len(codes)
 
+    def change(self, ref: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
+        with np.errstate(all="ignore"):
+            found = [np.abs(values_of(two) - values_of(one)) for one, two in _pieces(ref, other)]
+            sums = sum(float(far.sum()) for far in found)
+            return float(np.max([far.max() for far in found if len(far)], initial=0.0)), sums
+
 
 def merge(all_: Totals, more: Totals) -> None:
     """Add `more` to `all_` (Chan, Golub and LeVeque, 1979); the kernel's `merge_totals`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 
 import torch
@@ -11,7 +11,7 @@ import torch
 from tensortap.errors import NotSupported
 from tensortap_analysis.metrics.counted import counted, tables_of
 from tensortap_analysis.metrics.engines import engine
-from tensortap_analysis.metrics.pairs import cut, value_shape
+from tensortap_analysis.metrics.pairs import Pair, cut, prepared, value_shape
 from tensortap_analysis.metrics.passes import Blocks, Passes
 from tensortap_analysis.metrics.report import Given, report
 from tensortap_analysis.metrics.result import Metrics
@@ -58,3 +58,16 @@ def measure(blocks: Blocks, *, shape: Sequence[int], threads: int | None = None)
         found = scanned(whole, passes, machine, values)
     given = Given(tuple(shape), passes.parts, passes.one_dtype, passes.floats)
     return report(found, given)
+
+
+def change(blocks: Iterable[Pair]) -> tuple[float, float]:
+    """The largest and the summed |other - ref| of a pair given as blocks; NaN once one of them is.
+
+    Raises `NotSupported` for blocks that do not match each other.
+    """
+    machine, largest, total = engine(), 0.0, 0.0
+    for ref, other in blocks:
+        size, sizes = machine.change(*prepared(ref, other))
+        largest = size if size > largest or math.isnan(size) else largest
+        total += sizes
+    return largest, total

@@ -94,7 +94,8 @@ class Search:
             self._narrow(quest)
 
     def _pick(self, found: Ints) -> None:
-        places, before = {}, 0
+        places: dict[int, int] = {}
+        before = 0
         for bin_ in self.bins:  # in ascending order, each with as many values as it counts
             places |= {rank: before + rank - bin_.below for rank in self._ranks_in(bin_)}
             before += bin_.count

@@ -20,7 +20,8 @@ LIBRARY = "libtensortap.so"
 _SOURCES = (
     "clones.h", "threads.h", "blocks.h", "walk.h", "stats.c",
     "grid.h", "hifloat8.h", "tasks.h", "formats.c", "decode.c", "pairs.h",
-    "totals.h", "compare.c", "select.c", "codes.c", "survey.c",
+    "totals.h", "compare.c", "select.c", "codes.c", "change.c",
+    "survey.c",
 )  # fmt: skip
 _FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-fopenmp-simd")
 _TIMEOUT = 120.0

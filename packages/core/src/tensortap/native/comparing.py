@@ -1,4 +1,4 @@
-"""Comparing two tensors by compiled code; the other side of `compare.c`, `select.c`, `codes.c`.
+"""Comparing two tensors by compiled code; the other side of `compare.c`, `select.c`, and so on.
 
 Differences are `other - ref` in float64. Histograms count them by their leading bits, from which
 order statistics are refined with `select`. Of tensors of codes only pairs of codes are counted.
@@ -84,12 +84,13 @@ class Comparing:
     def __init__(self, path: Path) -> None:
         free = ctypes.CDLL(str(path))
         self._compare, self._select = free.tensortap_compare, free.tensortap_compare_select
-        self._codes = free.tensortap_compare_codes
+        self._codes, self._change = free.tensortap_compare_codes, free.tensortap_compare_change
         self._compare.argtypes = _kinds("pppiippppi")
         self._select.argtypes = _kinds("pppippi")
         self._codes.argtypes = _kinds("ppiippi")
+        self._change.argtypes = _kinds("ppip")
         self._compare.restype = ctypes.c_int64
-        self._select.restype = self._codes.restype = None
+        self._select.restype = self._codes.restype = self._change.restype = None
         self._scratch = _Scratch()
 
     def add(
@@ -157,6 +158,13 @@ class Comparing:
             _address(pairs.places), threads if count >= _SHARED else 1,
         )  # fmt: skip
         pairs.total += count
+
+    def change(self, ref: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
+        """The largest and the summed |other - ref|; NaN once one of them is."""
+        found = (ctypes.c_double * 2)()
+        one, two = self._side(ref), self._side(other)
+        self._change(ctypes.byref(one), ctypes.byref(two), _values(ref), found)
+        return found[0], found[1]
 
     def _side(self, tensor: torch.Tensor) -> _Side:
         dtype = tensor.dtype

@@ -13,73 +13,51 @@
 #define COUNT_TABLES 4
 #define LEVELS 127
 
-/* Of the finite values of a row. `squares` is their sum of squares and `noise` that of their
- * errors as int8 with a scale of the row's own, both times unit^2. */
+/* Of the finite values of a row. `squares` is their sum of squares, `noise` that of their errors as
+ * int8 with a scale of the row's own, `hash` their product with the keys; in the caller's unit. */
 typedef struct {
-    double squares, largest, noise;
-    uint64_t hash;
-    int64_t zeros, odd; /* the last: how many are not finite */
+    double squares, noise, hash, largest;
+    int64_t odd; /* how many are not finite */
 } row_facts;
 
-static inline uint64_t bits_of_float(float value, uint32_t key)
-{
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return (uint64_t)bits * key;
-}
-
-static inline uint64_t bits_of_double(double value, uint32_t key)
-{
-    uint64_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return (bits & UINT32_MAX) * key + (bits >> 32) * (key * 0x9E3779B1u | 1);
-}
-
-/* `codes_`: the hash is linear with random keys, and equal for equal values: -0.0 + 0.0 is 0.0.
- * `noise_`: the values of the int8 codec, bit for bit: round-half-even of x / scale. */
-#define ROWS(TYPE, STORED_TYPE, ORDER, MAGNITUDE, LEAST, ROUND)                                   \
-    CLONES static void sums_of_row_##TYPE(const STORED_TYPE *x, int64_t n, double unit,           \
-                                          row_facts *out)                                         \
+/* `sums_`: right if all values are finite; else the largest magnitude is not. Rows that are equal
+ * value for value have equal sums: each is added up in the same order.
+ * `noise_`: against round-half-even of x / scale, as the codec has it. The inverse of the scale is
+ * close enough: where it turns a tie, both neighbours are equally far.
+ * `finite_`: the slow path. */
+#define ROWS(TYPE, STORED_TYPE, ORDER, MAGNITUDE, LEAST, ROUND, IN_UNITS)                         \
+    CLONES static void sums_of_row_##TYPE(const STORED_TYPE *x, int64_t n, double scale,          \
+                                          const double *keys, ORDER *live, row_facts *out)        \
     {                                                                                             \
-        double squares = 0.0;                                                                     \
+        double squares = 0.0, hash = 0.0;                                                         \
         ORDER largest = 0;                                                                        \
-        int64_t zeros = 0;                                                                        \
-        _Pragma("omp simd reduction(+:squares,zeros) reduction(max:largest)")                     \
+        (void)scale;                                                                              \
+        _Pragma("omp simd reduction(+:squares,hash) reduction(max:largest)")                      \
         for (int64_t i = 0; i < n; i++) {                                                         \
             const TYPE value = x[i];                                                              \
             ORDER size;                                                                           \
             memcpy(&size, &value, sizeof size);                                                   \
             size &= MAGNITUDE;                                                                    \
             largest = size > largest ? size : largest;                                            \
-            zeros += size == 0;                                                                   \
-            const double scaled = (double)value * unit;                                           \
+            live[i] |= size;                                                                      \
+            const double scaled = IN_UNITS(value);                                                \
             squares += scaled * scaled;                                                           \
+            hash += scaled * keys[i];                                                             \
         }                                                                                         \
-        *out = (row_facts){squares, of_order_##TYPE(largest), 0.0, 0, zeros, 0};                  \
-    }                                                                                             \
-    CLONES static uint64_t codes_of_row_##TYPE(const STORED_TYPE *x, int64_t n,                   \
-                                               const uint32_t *keys, uint8_t *live)               \
-    {                                                                                             \
-        uint64_t hash = 0;                                                                        \
-        _Pragma("omp simd reduction(+:hash)")                                                     \
-        for (int64_t i = 0; i < n; i++) {                                                         \
-            hash += bits_of_##TYPE(x[i] + (TYPE)0.0, keys[i]);                                    \
-            live[i] |= x[i] != 0;                                                                 \
-        }                                                                                         \
-        return hash;                                                                              \
+        *out = (row_facts){squares, 0.0, hash, of_order_##TYPE(largest), 0};                      \
     }                                                                                             \
     CLONES static double noise_of_row_##TYPE(const STORED_TYPE *x, int64_t n, TYPE largest,       \
                                              double unit)                                         \
     {                                                                                             \
-        const TYPE wanted = largest / (TYPE)LEVELS, scale = wanted > LEAST ? wanted : LEAST;      \
+        const TYPE wanted = largest / (TYPE)LEVELS, step = wanted > LEAST ? wanted : LEAST;       \
+        const TYPE inverse = 1 / step;                                                            \
+        const double scale = unit;                                                                \
         double noise = 0.0;                                                                       \
+        (void)scale;                                                                              \
         _Pragma("omp simd reduction(+:noise)")                                                    \
         for (int64_t i = 0; i < n; i++) {                                                         \
-            TYPE code = ROUND(x[i] / scale);                                                      \
-            code = code < (TYPE)LEVELS ? code : (TYPE)LEVELS;                                     \
-            code = code > -(TYPE)LEVELS ? code : -(TYPE)LEVELS;                                   \
-            const TYPE rounded = code * scale;                                                    \
-            const double error = ((double)x[i] - (double)rounded) * unit;                         \
+            const TYPE rounded = ROUND(x[i] * inverse) * step;                                    \
+            const double error = IN_UNITS(x[i] - rounded);                                        \
             noise += error * error;                                                               \
         }                                                                                         \
         return noise;                                                                             \
@@ -93,30 +71,29 @@ static inline uint64_t bits_of_double(double value, uint32_t key)
                 out->odd++;                                                                       \
                 continue;                                                                         \
             }                                                                                     \
-            out->zeros += size == 0.0;                                                            \
             out->squares += (size * unit) * (size * unit);                                        \
             out->largest = size > out->largest ? size : out->largest;                             \
         }                                                                                         \
     }                                                                                             \
     static void facts_of_row_##TYPE(const STORED_TYPE *x, int64_t n, double unit,                 \
-                                    const uint32_t *keys, uint8_t *live, row_facts *out)          \
+                                    const double *keys, ORDER *live, row_facts *out)              \
     {                                                                                             \
-        sums_of_row_##TYPE(x, n, unit, out);                                                      \
+        sums_of_row_##TYPE(x, n, unit, keys, live, out);                                          \
         if (isfinite(out->largest))                                                               \
             out->noise = noise_of_row_##TYPE(x, n, (TYPE)out->largest, unit);                     \
         else                                                                                      \
             finite_of_row_##TYPE(x, n, unit, out);                                                \
-        out->hash = codes_of_row_##TYPE(x, n, keys, live);                                        \
     }
 
-ROWS(float, stored_float, int32_t, INT32_MAX, FLT_MIN, rintf)
-ROWS(double, stored_double, int64_t, INT64_MAX, DBL_MIN, rint)
+ROWS(float, stored_float, int32_t, INT32_MAX, FLT_MIN, rintf, UNSCALED)
+ROWS(double, stored_double, int64_t, INT64_MAX, DBL_MIN, rint, SCALED)
 
 /* Facts of `rows` rows of `columns` values each, contiguous, `kind` F32, F64, F16 or BF16. `keys`
- * has a random number for each column; `live` gets a 1 where a column holds anything but zeros.
- * Returns 0, or -1 when there is no memory for a row. */
+ * has a random number for each column; `live`, zeros of 4 bytes (F64: 8), comes back as anything but
+ * 0 where a column has anything but zeros. Sums are of values times `unit`, which is 1 unless the
+ * kind is F64. Returns 0, or -1 when there is no memory for a row. */
 int64_t tensortap_survey(const void *data, int64_t kind, int64_t rows, int64_t columns,
-                         double unit, const uint32_t *keys, uint8_t *live, row_facts *out)
+                         double unit, const double *keys, void *live, row_facts *out)
 {
     const int64_t item = kind == F64 ? 8 : kind == F32 ? 4 : 2;
     float *decoded = item == 2 ? malloc((size_t)columns * sizeof *decoded) : NULL;

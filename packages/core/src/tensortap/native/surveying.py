@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,8 +12,8 @@ import torch
 
 CODES = 1 << 16
 ROW = np.dtype([
-    ("squares", np.float64), ("largest", np.float64), ("noise", np.float64),
-    ("hash", np.uint64), ("zeros", np.int64), ("odd", np.int64),
+    ("squares", np.float64), ("noise", np.float64), ("hash", np.float64),
+    ("largest", np.float64), ("odd", np.int64),
 ])  # fmt: skip
 """`row_facts` in survey.c: what is known of the finite values of one row."""
 
@@ -39,14 +40,16 @@ class Surveying:
         self,
         matrix: torch.Tensor,
         unit: float,
-        keys: npt.NDArray[np.uint32],
-        live: npt.NDArray[np.uint8],
+        keys: npt.NDArray[np.float64],
+        live: npt.NDArray[Any],
         out: npt.NDArray[np.void],
     ) -> None:
         """Facts of each row of a float32, float64, float16 or bfloat16 matrix, into `out` (`ROW`).
 
-        `keys` are random numbers, one a column; in `live` columns that hold not only zeros get 1.
-        Sums are of values times `unit`, errors those of int8 with one scale a row.
+        `keys` are random numbers, one a column, for the rows' hashes: rows whose values are equal
+        have equal ones. `live` are zeros, int32 or for float64 int64; columns that hold anything
+        but zeros come back as something else. Sums are of values times `unit` (1 unless float64),
+        errors those of int8 with one scale a row.
         """
         failed = self._survey(
             matrix.data_ptr(), _KINDS[matrix.dtype], *matrix.shape, unit, keys.ctypes.data,
