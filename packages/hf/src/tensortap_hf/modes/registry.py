@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -90,6 +91,8 @@ class Family:
     """Does the tensor of this name lie in the residual stream, so that `unrotate` applies?"""
 
 
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*", re.ASCII)
+"""Runs and files are called by the name of their mode."""
 _FAMILIES: dict[str, Family] = {}
 _MODES: dict[str, dict[str, Mode]] = {}
 _BUILT_IN = ("tensortap_hf.modes.generic", "tensortap_hf.quamba.modes")
@@ -130,8 +133,8 @@ def _add(mode: Mode) -> None:
             f"mode {mode.title}: there is no family {mode.family!r}; there are: "
             f"{', '.join(_FAMILIES)}. Make it with register_family()."
         )
-    if "/" in mode.name or "," in mode.name or not mode.name:
-        raise ConfigError(f"mode {mode.title}: a name has neither / nor , in it.")
+    if _NAME.fullmatch(mode.name) is None:
+        raise ConfigError(f"mode {mode.title}: a name has letters, digits and . _ - in it.")
     if mode.name in _MODES[mode.family]:
         raise ConfigError(f"There is a mode {mode.title} already.")
     _MODES[mode.family][mode.name] = mode
