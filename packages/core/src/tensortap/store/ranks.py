@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ class Ranks:
         directories = require_run(path)
         self.path = path
         self.readers = {rank: RankReader(where, rank) for rank, where in directories.items()}
+        self._asking = threading.RLock()
         self._parts: dict[str, FusedPart] = {}
         self._parts_of: list[Index] = []
 
@@ -99,13 +101,17 @@ class Ranks:
         return selection
 
     def fresh(self, ask: Callable[[], _T]) -> _T:
-        """Ask; when an index turns out to contradict its lines, rebuild all and ask again."""
-        try:
-            return ask()
-        except StaleIndex:
-            for reader in self.readers.values():
-                reader.rebuild()
-            return ask()
+        """Ask; when an index turns out to contradict its lines, rebuild all and ask again.
+
+        One thread at a time: another one may be reading a row of the index that is replaced.
+        """
+        with self._asking:
+            try:
+                return ask()
+            except StaleIndex:
+                for reader in self.readers.values():
+                    reader.rebuild()
+                return ask()
 
     def walk(self, query: Query, selection: Selection | None = None) -> Iterator[TensorRecord]:
         """The records that match, by step, then number, then rank; lines parsed one by one."""
