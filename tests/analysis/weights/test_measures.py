@@ -68,6 +68,19 @@ def test_dead_and_duplicated_rows_are_counted_and_named(dtype: torch.dtype) -> N
     assert found["unresolved"] == {}
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_equal_rows_are_found_whatever_their_length_and_wherever_they_lie(
+    dtype: torch.dtype,
+) -> None:
+    for width in (1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 63, 65, 127, 2047, 2049):
+        values = gaussian(7, width)
+        values[[2, 4, 6]] = values[1] + 1
+        somewhere = torch.empty(7 * width + 3, dtype=dtype)[3:].view(7, width)
+        somewhere.copy_(stored(values, dtype))
+        found = sparsity(somewhere)["duplicated_rows_at"]
+        assert {(4, 2), (6, 2)} <= {tuple(pair) for pair in found}
+
+
 def test_rows_that_differ_in_the_sign_of_zero_are_equal() -> None:
     matrix = torch.tensor([[0.0, 1.0], [-0.0, 1.0], [-0.0, -0.0]])
     for dtype in (torch.float32, torch.bfloat16, torch.float64):

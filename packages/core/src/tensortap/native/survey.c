@@ -115,6 +115,54 @@ int64_t tensortap_survey(const void *data, int64_t kind, int64_t rows, int64_t c
     return 0;
 }
 
+/* What is counted of values one by one, and the sum of fourth powers of standardised values. */
+typedef struct {
+    double fourth;
+    int64_t outliers, near_zero;
+} element_facts;
+
+#define ELEMENTS(NAME, STORED_TYPE)                                                               \
+    CLONES static void NAME(const STORED_TYPE *x, int64_t n, double mean, double inverse,         \
+                            double outlier, double near_zero, element_facts *out)                 \
+    {                                                                                             \
+        double fourth = 0.0;                                                                      \
+        int64_t outliers = 0, near = 0;                                                           \
+        _Pragma("omp simd reduction(+:fourth,outliers,near)")                                     \
+        for (int64_t i = 0; i < n; i++) {                                                         \
+            const double value = (double)x[i], apart = value - mean, z = apart * inverse;         \
+            fourth += z * z * (z * z);                                                            \
+            outliers += fabs(apart) > outlier;                                                    \
+            near += fabs(value) <= near_zero;                                                     \
+        }                                                                                         \
+        out->fourth += fourth;                                                                    \
+        out->outliers += outliers;                                                                \
+        out->near_zero += near;                                                                   \
+    }
+
+ELEMENTS(elements_float, stored_float)
+ELEMENTS(elements_double, stored_double)
+
+/* Of `count` values side by side, `kind` F32 or F64: those farther from the mean than `outlier` and
+ * those of at most `near_zero`; `inverse` is that of the standard deviation. */
+void tensortap_elements(const void *data, int64_t kind, int64_t count, double mean, double inverse,
+                        double outlier, double near_zero, element_facts *out)
+{
+    *out = (element_facts){0};
+    fenv_t before;
+    fegetenv(&before);
+    fesetenv(FE_DFL_ENV);
+    for (int64_t start = 0; start < count; start += BLOCK) {
+        const int64_t n = count - start < BLOCK ? count - start : BLOCK;
+        if (kind == F64)
+            elements_double((const stored_double *)data + start, n, mean, inverse, outlier,
+                            near_zero, out);
+        else
+            elements_float((const stored_float *)data + start, n, mean, inverse, outlier, near_zero,
+                           out);
+    }
+    fesetenv(&before);
+}
+
 /* Add how often each 16-bit code occurs to COUNT_TABLES tables, whose sum is meant: a counter
  * raised twice in a row would wait for its own store. At most 2^31 values between two resets. */
 void tensortap_count_codes(const stored_half *data, int64_t count, uint32_t *tables)

@@ -23,6 +23,17 @@ _MOST = 1 << 31
 """Values whose counts fit the tables."""
 
 
+class _Elements(ctypes.Structure):
+    fourth: float
+    outliers: int
+    near_zero: int
+    _fields_ = (
+        ("fourth", ctypes.c_double),
+        ("outliers", ctypes.c_int64),
+        ("near_zero", ctypes.c_int64),
+    )
+
+
 class Surveying:
     """The functions of a loaded library; matrices are contiguous and on the CPU."""
 
@@ -35,6 +46,9 @@ class Surveying:
         ]  # fmt: skip
         self._survey.restype = number
         self._count.argtypes, self._count.restype = [pointer, number, pointer], None
+        self._elements = free.tensortap_elements
+        self._elements.argtypes = [pointer, number, number, *[ctypes.c_double] * 4, pointer]
+        self._elements.restype = None
 
     def rows(
         self,
@@ -57,6 +71,19 @@ class Surveying:
         )  # fmt: skip
         if failed:
             raise MemoryError(f"no memory for a row of {matrix.shape[1]} values")
+
+    def elements(
+        self, values: torch.Tensor, mean: float, std: float, outlier: float, near_zero: float
+    ) -> tuple[float, int, int]:
+        """Of contiguous float32 or float64 values: the sum of fourth powers of those standardised,
+        how many are farther from `mean` than `outlier`, and how many at most `near_zero`.
+        """
+        found = _Elements()
+        self._elements(
+            values.data_ptr(), _KINDS[values.dtype], values.numel(), mean, 1 / std, outlier,
+            near_zero, ctypes.byref(found),
+        )  # fmt: skip
+        return found.fourth, found.outliers, found.near_zero
 
     def codes(self, values: torch.Tensor) -> npt.NDArray[np.int64]:
         """How often each 16-bit code occurs in a contiguous tensor of a dtype of 2 bytes."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tensortap import native
 from tensortap_analysis.weights.measures.values import Values
 
 OUTLIER = 3.0
@@ -20,6 +21,18 @@ class Elements:
     outliers: float = 0.0
     fourth: float = 0.0
     near_zero: float = 0.0
+
+
+def by_kernel(matrix: torch.Tensor, mean: float, std: float, near_zero: float) -> Elements | None:
+    """Pass over a contiguous matrix, or `None` where nothing compiled can read it.
+
+    Where values are not finite only `near_zero` means anything.
+    """
+    kernel = native.library()
+    if kernel is None or not std or matrix.dtype not in (torch.float32, torch.float64):
+        return None
+    found = kernel.surveying.elements(matrix, mean, std, OUTLIER * std, near_zero)
+    return Elements(fourth=found[0], outliers=found[1], near_zero=found[2])
 
 
 def elements(values: Iterable[Values], mean: float, std: float, near_zero: float) -> Elements:

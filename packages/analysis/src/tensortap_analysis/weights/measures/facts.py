@@ -12,7 +12,7 @@ import torch
 from tensortap.records import Statistics
 from tensortap.stats import statistics
 from tensortap_analysis.weights.measures.codes import distinct
-from tensortap_analysis.weights.measures.elements import Elements, elements
+from tensortap_analysis.weights.measures.elements import Elements, by_kernel, elements
 from tensortap_analysis.weights.measures.pieces import cut
 from tensortap_analysis.weights.measures.rows import Rows, rows
 from tensortap_analysis.weights.measures.values import Values, finite
@@ -71,7 +71,8 @@ class Facts:
     def elements(self) -> Elements:
         """What is counted of values one by one."""
         found = self.statistics
-        return elements(self.values, found.mean or 0.0, found.std or 0.0, self.near_zero)
+        known = found.mean or 0.0, found.std or 0.0, self.near_zero
+        return by_kernel(self.matrix, *known) or elements(self.values, *known)
 
     @property
     def empty(self) -> str | None:

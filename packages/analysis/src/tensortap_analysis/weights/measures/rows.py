@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,12 @@ class Rows:
     live: npt.NDArray[np.bool_]
 
     @property
+    def dead(self) -> npt.NDArray[np.bool_]:
+        """Whether a row holds only zeros."""
+        found: npt.NDArray[np.bool_] = (self.rows["largest"] == 0) & (self.rows["odd"] == 0)
+        return found
+
+    @property
     def norms(self) -> npt.NDArray[np.float64]:
         """The l2 norm of each row's finite values, in the unit of the survey."""
         lengths: npt.NDArray[np.float64] = np.sqrt(self.rows["squares"])
@@ -34,8 +41,9 @@ def rows(matrix: torch.Tensor, unit: float) -> Rows:
     """The survey of a contiguous 2-d matrix; sums are of values times `unit`."""
     height, width = matrix.shape
     out = np.zeros(height, ROW)
-    live = np.zeros(width, np.uint8)
-    keys = np.random.default_rng(_SEED).integers(1, 2**32, width, dtype=np.uint32)
+    wide = floats(matrix[:0]).dtype is torch.float64
+    live = np.zeros(width, np.int64 if wide else np.int32)
+    keys = np.random.default_rng(_SEED).uniform(1, 2, width)
     kernel = native.library()
     start = 0
     for piece in cut(matrix) if kernel is None or _narrow(matrix) else [matrix]:
@@ -56,29 +64,21 @@ def _narrow(matrix: torch.Tensor) -> bool:
 def _survey(
     values: torch.Tensor,
     unit: float,
-    keys: npt.NDArray[np.uint32],
-    live: npt.NDArray[np.uint8],
+    keys: npt.NDArray[np.float64],
+    live: npt.NDArray[Any],
     out: npt.NDArray[np.void],
 ) -> None:
-    """The same by torch and numpy, where nothing is compiled; the hashes are others."""
+    """The same by torch and numpy, where nothing is compiled."""
     wide = values if values.dtype is torch.float64 else values.to(torch.float32)
     finite = wide.isfinite()
     kept = wide.masked_fill(~finite, 0)
     scaled = kept.to(torch.float64) * unit
     out["squares"] = scaled.square().sum(1).numpy()
     out["largest"] = kept.abs().amax(1).numpy() if wide.shape[1] else 0.0
-    out["zeros"] = (wide == 0).sum(1).numpy()
     out["odd"] = (~finite).sum(1).numpy()
     error = kept.to(torch.float64) - get("int8", scale="channel").fake_quantize(kept)
     noise = (error * unit).square().sum(1).numpy()
     out["noise"] = np.where(out["odd"], 0.0, noise)
     live |= (wide != 0).any(0).numpy()
-    out["hash"] = _hashes(wide, keys)
-
-
-def _hashes(values: torch.Tensor, keys: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint64]:
-    """Linear in the bits; equal for equal values, also for the two zeros."""
-    canonical = (values + 0.0).numpy()
-    words = canonical.view(f"u{canonical.itemsize}").astype(np.uint64)
-    hashes: npt.NDArray[np.uint64] = (words * keys.astype(np.uint64)).sum(1, dtype=np.uint64)
-    return hashes
+    # Not a matrix product: that may add up rows at its end in another order than the others.
+    out["hash"] = (scaled * torch.from_numpy(keys)).sum(1).numpy()

@@ -25,7 +25,7 @@ def sparsity(facts: Facts, options: Options) -> dict[str, Any]:
     """
     height, width = facts.matrix.shape
     count, zeros, near = facts.matrix.numel(), facts.statistics.zero, int(facts.elements.near_zero)
-    dead = np.flatnonzero(facts.rows.rows["zeros"] == width)
+    dead = np.flatnonzero(facts.rows.dead)
     dead_columns = np.flatnonzero(~facts.rows.live)
     duplicated = duplicates(facts)
     reason = facts.empty
@@ -50,9 +50,9 @@ def sparsity(facts: Facts, options: Options) -> dict[str, Any]:
 
 def duplicates(facts: Facts) -> npt.NDArray[np.int64]:
     """Rows that equal an earlier one, and that one: [n, 2], ascending. Dead rows are left out."""
-    survey, width = facts.rows.rows, facts.matrix.shape[1]
-    rows = np.flatnonzero((survey["zeros"] != width) & (survey["odd"] == 0))
-    hashes = survey["hash"][rows]
+    survey = facts.rows.rows
+    rows = np.flatnonzero(~facts.rows.dead & (survey["odd"] == 0))
+    hashes = survey["hash"][rows].view(np.int64)
     # Stable: the first row of a group of equal hashes is the earliest.
     order = np.argsort(hashes, kind="stable")
     rows, hashes = rows[order], hashes[order]
