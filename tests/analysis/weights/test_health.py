@@ -1,0 +1,297 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tensortap.errors import ConfigError
+from tensortap_analysis.weights import ScanResult, Scope
+from tensortap_analysis.weights.health import health, health_check
+from tensortap_analysis.weights.health.default import typical_condition
+
+
+def scanned(tmp_path, state, methods="all"):
+    save_file({f"{name}.weight": one for name, one in state.items()}, tmp_path / "x.safetensors")
+    return Scope(tmp_path / "x.safetensors").scan(methods)
+
+
+def found(tmp_path, state, preset="default", **thresholds):
+    """`{(layer, rule): severity}` of planted weights."""
+    report = health(scanned(tmp_path, state), preset, thresholds)
+    return {
+        (issue.layer, issue.rule): severity
+        for severity, issues in report.issues.items()
+        for issue in issues
+    }
+
+
+def with_condition(n, condition, dtype=torch.float64):
+    """A random matrix of this condition number: singular values in a geometric row."""
+    q1, q2 = (torch.linalg.qr(torch.randn(n, n, dtype=torch.float64))[0] for _ in range(2))
+    return (q1 * torch.logspace(0, -math.log10(condition), n, dtype=torch.float64) @ q2).to(dtype)
+
+
+@pytest.mark.parametrize(
+    ("condition", "severity"), [(9e3, None), (2e4, "warning"), (2e5, "critical"), (1e9, "critical")]
+)
+def test_classic_judges_condition_numbers_by_the_older_thresholds(tmp_path, condition, severity):
+    issues = found(tmp_path, {"x": with_condition(32, condition)}, "classic")
+    assert issues.get(("x", "condition")) == severity
+
+
+@pytest.mark.parametrize(
+    ("share", "severity"), [(0.005, None), (0.02, "warning"), (0.09, "warning")]
+)
+def test_classic_judges_outliers_by_the_older_thresholds(tmp_path, share, severity):
+    x = torch.rand(100, 100) * 1e-3
+    x.view(-1)[: round(share * x.numel())] = 1.0
+    issues = found(tmp_path, {"x": x[torch.randperm(100)]}, "classic")
+    assert issues.get(("x", "outliers")) == severity
+
+
+def test_classic_calls_more_than_10_percent_of_outliers_critical(tmp_path):
+    x = torch.full((100, 100), 1e-9)
+    x.view(-1)[:525] = 1.0
+    x.view(-1)[525:1050] = -1.0
+    assert np.mean(np.abs(x.numpy() - x.numpy().mean()) > 3 * x.numpy().std()) > 0.1
+    assert found(tmp_path, {"x": x}, "classic")["x", "outliers"] == "critical"
+
+
+def test_classic_calls_a_small_stable_rank_redundant(tmp_path):
+    spike = torch.randn(64, 64) * 0.01 + torch.ones(64, 64)
+    state = {"flat": torch.randn(64, 64), "spike": spike}
+    assert found(tmp_path, state, "classic").get(("spike", "redundancy")) == "info"
+    assert ("flat", "redundancy") not in found(tmp_path, state, "classic")
+
+
+@pytest.mark.parametrize(
+    ("critical", "warnings", "score", "verdict"),
+    [(0, 0, 100, "good"), (1, 3, 81, "good"), (2, 5, 65, "improve"), (4, 1, 57, "do not deploy")],
+)
+def test_classic_takes_10_for_a_critical_issue_and_3_for_a_warning(
+    tmp_path, critical, warnings, score, verdict
+):
+    state = {"fine": torch.rand(16, 16)}
+    state |= {f"c{n}": torch.diag(torch.logspace(0, -6, 3)) for n in range(critical)}
+    state |= {f"w{n}": torch.diag(torch.logspace(0, -4.5, 3)) for n in range(warnings)}
+    for n, name in enumerate(state):
+        state[name] = state[name] * (1 + n)
+    report = health(scanned(tmp_path, state), "classic")
+    assert (report.score, report.verdict) == (score, verdict)
+
+
+def test_classic_scores_do_not_fall_below_0(tmp_path):
+    state = {f"c{n}": with_condition(8, 1e8) for n in range(12)}
+    report = health(scanned(tmp_path, state), "classic")
+    assert (report.score, report.verdict) == (0.0, "do not deploy")
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (256, 256), (64, 128), (50, 1000)])
+def test_the_typical_condition_number_is_that_of_normal_matrices(shape):
+    draws = [np.linalg.cond(torch.randn(*shape, dtype=torch.float64).numpy()) for _ in range(25)]
+    middle = np.exp(np.mean(np.log(draws)))
+    assert typical_condition(*shape) == pytest.approx(middle, rel=0.35)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_perfectly_random_model_is_healthy(tmp_path, dtype):
+    state = {f"layers.{n}.{m}": torch.randn(256, 256).to(dtype) for n in range(4) for m in "ab"}
+    report = health(scanned(tmp_path, state))
+    assert (report.score, report.verdict) == (100.0, "good")
+    assert not any(report.issues.values())
+
+
+def test_a_condition_number_is_judged_against_its_shape(tmp_path):
+    state = {"ordinary": with_condition(64, 1e5), "collapsed": with_condition(64, 1e9)}
+    issues = found(tmp_path, state)
+    assert issues.get(("collapsed", "condition")) == "warning"
+    assert ("ordinary", "condition") not in issues
+    assert found(tmp_path, state, condition_ratio=10)["ordinary", "condition"] == "warning"
+
+
+def test_a_condition_number_the_dtype_cannot_resolve_is_counted_and_not_judged(tmp_path):
+    report = health(scanned(tmp_path, {"x": with_condition(64, 1e9, torch.bfloat16)}))
+    assert not any(issue.rule == "condition" for issue in report.at_least("info"))
+    assert report.unresolved == 1
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nan_and_infinity_are_critical_in_matrices_and_vectors(tmp_path, value):
+    state = {"x": torch.randn(8, 8), "norm": torch.ones(8), "fine": torch.randn(8, 8)}
+    state["x"][2, 3] = value
+    state["norm"][1] = value
+    result = scanned(tmp_path, state)
+    report = health(result)
+    assert {issue.layer for issue in report.issues["critical"]} == {"x", "norm"}
+    assert report.verdict == "do not deploy"
+    assert "every output is lost" in report.issues["critical"][0].cause
+
+
+def test_an_all_zero_matrix_is_critical_and_said_once(tmp_path):
+    state = {"x": torch.zeros(8, 8), "lora_B.default": torch.zeros(8, 2), "y": torch.randn(8, 8)}
+    issues = found(tmp_path, state)
+    assert {key: issues[key] for key in issues if key[0] != "y"} == {
+        ("x", "zero"): "critical", ("lora_B.default", "zero"): "info"
+    }  # fmt: skip
+
+
+def test_dead_rows_and_columns_are_counted_and_many_of_them_warn(tmp_path):
+    few, many, embedding = torch.randn(40, 40), torch.randn(40, 40), torch.randn(40, 8)
+    few[3] = 0
+    many[:, :10] = 0
+    embedding[20:] = 0
+    state = {"few": few, "many": many, "embed_tokens": embedding}
+    issues = found(tmp_path, state)
+    assert issues["few", "dead rows"] == "info"
+    assert issues["many", "dead columns"] == "warning"
+    assert issues["embed_tokens", "dead rows"] == "info"
+
+
+def test_copied_rows_are_noted(tmp_path):
+    x = torch.randn(40, 40)
+    x[7] = x[3]
+    assert found(tmp_path, {"x": x})["x", "copied rows"] == "info"
+
+
+def int8_by_row(x):
+    x = x.double().numpy()
+    scale = np.abs(x).max(1, keepdims=True) / 127
+    rounded = np.rint(x / scale) * scale
+    return 10 * np.log10((x**2).sum() / ((x - rounded) ** 2).sum())
+
+
+def with_outliers(rows, columns, size):
+    """Normal values, and one of this size in each row."""
+    x = torch.randn(rows, columns)
+    x[:, 7] = size
+    return x
+
+
+@pytest.mark.parametrize(
+    ("x", "severity"),
+    [
+        (with_outliers(32, 1024, 5), None),
+        (with_outliers(32, 1024, 40), "warning"),
+        (with_outliers(4, 16384, 150), "critical"),
+    ],
+)
+def test_channels_that_int8_cannot_hold_are_judged_by_what_it_leaves(tmp_path, x, severity):
+    report = health(scanned(tmp_path, {"x": x}))
+    issues = [issue for issue in report.at_least("info") if issue.rule == "sqnr"]
+    assert [issue.severity for issue in issues] == [severity] * (severity is not None)
+    for issue in issues:
+        assert issue.value == pytest.approx(int8_by_row(x), abs=0.01)
+
+
+def test_what_one_scale_cannot_hold_and_one_a_channel_can_is_only_a_note(tmp_path):
+    x = torch.randn(128, 128)
+    x[5, 5] = 60
+    issues = found(tmp_path, {"x": x})
+    assert issues["x", "sqnr_tensor"] == "info"
+    assert ("x", "sqnr") not in issues
+
+
+def test_a_layer_unlike_its_peers_has_exploded_or_vanished(tmp_path):
+    state = {f"layers.{n}.q_proj": torch.randn(16, 16) for n in range(8)}
+    state["layers.3.q_proj"] *= 20
+    state["layers.5.q_proj"] /= 30
+    state |= {f"layers.{n}.v_proj": torch.randn(16, 16) * 50 for n in range(8)}
+    report = health(scanned(tmp_path, state))
+    causes = {issue.layer: issue.cause for issue in report.issues["warning"]}
+    assert set(causes) == {"layers.3.q_proj", "layers.5.q_proj"}
+    assert "exploded" in causes["layers.3.q_proj"]
+    assert "vanished" in causes["layers.5.q_proj"]
+
+
+def test_norms_that_grow_with_the_depth_are_ordinary(tmp_path):
+    state = {f"layers.{n}.down_proj": torch.randn(16, 16) * 1.5**n for n in range(12)}
+    assert not found(tmp_path, state)
+
+
+def test_few_layers_have_no_peers(tmp_path):
+    state = {f"layers.{n}.q_proj": torch.randn(16, 16) * 100**n for n in range(3)}
+    assert not found(tmp_path, state)
+
+
+def test_a_low_rank_is_noted_by_its_energy_and_its_rank(tmp_path):
+    x = torch.randn(64, 4, dtype=torch.float64) @ torch.randn(4, 64, dtype=torch.float64)
+    issues = found(tmp_path, {"exact": x, "full": torch.randn(64, 64)})
+    assert issues["exact", "rank"] == issues["exact", "redundancy"] == "info"
+    assert not any(layer == "full" for layer, _ in issues)
+
+
+def test_values_at_the_end_of_float16_warn(tmp_path):
+    x = torch.randn(16, 16).half()
+    x[0, 0] = 65504
+    assert found(tmp_path, {"x": x, "y": torch.randn(16, 16)})["x", "range"] == "warning"
+
+
+def test_the_default_score_is_an_average_over_layers(tmp_path):
+    sick = torch.randn(40, 40)
+    sick[:, :10] = 0
+    small = {"sick": sick, "fine": torch.randn(40, 40)}
+    large = {**small, **{f"more{n}": torch.randn(40, 40) for n in range(8)}}
+    assert health(scanned(tmp_path, small)).score == pytest.approx(85)
+    assert health(scanned(tmp_path, large)).score == pytest.approx(97)
+
+
+def test_anything_critical_keeps_a_model_from_being_called_good(tmp_path):
+    state = {f"l{n}": torch.randn(8, 8) for n in range(99)} | {"dead": torch.zeros(8, 8)}
+    report = health(scanned(tmp_path, state))
+    assert (report.score, report.verdict) == (59.0, "do not deploy")
+
+
+def test_the_worst_issue_comes_first(tmp_path):
+    state = {f"c{power}": with_condition(16, 10.0**power) for power in (6, 9, 7)}
+    report = health(scanned(tmp_path, state), "classic")
+    assert [one.layer for one in report.issues["critical"]] == ["c9", "c7", "c6"]
+
+
+def test_every_issue_has_a_cause_and_a_remedy_in_whole_sentences(tmp_path):
+    x = torch.randn(40, 40)
+    x[:, :10] = 0
+    x[0] = x[1]
+    for preset in ("default", "classic"):
+        for issue in health(scanned(tmp_path, {"x": x}), preset).at_least("info"):
+            assert issue.cause[0].isupper() or issue.cause[0].isdigit()
+            assert issue.cause.endswith(".")
+            assert issue.remedy.endswith((".", "?"))
+            assert str(issue) == f"x: {issue.cause} {issue.remedy}"
+
+
+def test_health_check_takes_a_report_a_scan_or_a_model(tmp_path):
+    result = scanned(tmp_path, {"x": torch.zeros(8, 8)})
+    result.save(tmp_path / "report.json")
+    for model in (tmp_path / "report.json", result, tmp_path / "x.safetensors"):
+        score, issues = health_check(model)
+        assert score == 0.0
+        assert [issue.rule for issue in issues["critical"]] == ["zero"]
+        assert set(issues) == {"critical", "warning", "info"}
+
+
+def test_a_saved_report_gives_the_same_health(tmp_path):
+    x = torch.randn(40, 40)
+    x[:, :10] = 0
+    result = scanned(tmp_path, {"x": x, "y": with_condition(32, 1e12)})
+    result.save(tmp_path / "r.json")
+    for preset in ("default", "classic"):
+        assert health(ScanResult.load(tmp_path / "r.json"), preset) == health(result, preset)
+
+
+def test_what_was_not_measured_is_said_and_not_judged(tmp_path):
+    report = health(scanned(tmp_path, {"x": torch.zeros(8, 8)}, "spectral,quantization"))
+    assert report.unmeasured == ("sparsity", "norms")
+
+
+@pytest.mark.parametrize(
+    ("preset", "thresholds", "words"),
+    [
+        ("strict", {}, "no preset 'strict'"),
+        ("default", {"sqnr": 3.0}, "no threshold 'sqnr'"),
+        ("classic", {"stable_ratio": -1.0}, "a number above 0"),
+    ],
+)
+def test_a_preset_or_threshold_there_is_not_is_said(tmp_path, preset, thresholds, words):
+    with pytest.raises(ConfigError, match=words):
+        health(scanned(tmp_path, {"x": torch.randn(4, 4)}), preset, thresholds)

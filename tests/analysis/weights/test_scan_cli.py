@@ -1,0 +1,176 @@
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tests.analysis.weights.checkpoints import safetensors_folder, small_state
+
+from tensortap.cli import main
+from tensortap_analysis.weights import ScanResult, Scope
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["tensortap", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        printed = capsys.readouterr()
+        assert "Traceback" not in printed.out + printed.err
+        return stopped.value.code or 0, printed.out, printed.err
+
+    return run
+
+
+@pytest.fixture
+def folder(tmp_path):
+    torch.manual_seed(0)
+    state = small_state()
+    state["model.layers.1.mlp.up_proj.weight"] = torch.zeros(64, 16)
+    return safetensors_folder(tmp_path / "m", state, 2)
+
+
+def test_a_scan_prints_a_row_a_layer_and_what_is_wrong(cli, folder):
+    code, out, _ = cli("scan", folder)
+    assert code == 0
+    rows = {line.split()[0]: line.split() for line in out.splitlines() if line.startswith(" ")}
+    assert rows["model.layers.0.mlp.down_proj"][1:3] == ["16x64", "float32"]
+    assert "11 matrices, 4 vectors" in out
+    assert "do not deploy" in out
+    assert "critical model.layers.1.mlp.up_proj All its values are 0" in out
+    assert "spectral: a vector has no spectrum" in out
+
+
+def test_json_is_the_report_and_its_health(cli, folder):
+    _, out, _ = cli("scan", folder, "--json", "--parallel", "2")
+    document = json.loads(out)
+    assert ScanResult.from_json(document) == Scope(folder).scan()
+    assert document["source"] == str(folder)
+    assert document["health"]["score"] == 59.0
+    [issue] = document["health"]["issues"]["critical"]
+    assert issue["layer"] == "model.layers.1.mlp.up_proj"
+
+
+@pytest.mark.parametrize("words", [("--parallel",), ("--parallel", "3"), ()])
+def test_parallel_alone_takes_all_cores_and_a_number_takes_so_many(cli, folder, monkeypatch, words):
+    seen = []
+    real = Scope.scan
+
+    def scan(self, *arguments, **options):
+        seen.append(options["parallel"])
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(Scope, "scan", scan)
+    for arguments in ((folder, *words), (*words, folder)):
+        assert cli("scan", *arguments, "--methods", "norms")[0] == 0
+    assert seen == [{"--parallel": True, "3": 3}[words[-1]] if words else False] * 2
+
+
+def test_a_saved_report_is_judged_without_the_weights(cli, folder, tmp_path):
+    report = tmp_path / "report.json"
+    assert cli("scan", folder, "--output", report)[0] == 0
+    shutil.rmtree(folder)
+    code, out, _ = cli("scan", "--from", report, "--health", "--fail-on", "critical")
+    assert code == 1
+    assert "All its values are 0" in out
+    assert "self_attn" not in out
+    code, out, _ = cli("scan", "--from", report, "--health", "--preset", "classic", "--json")
+    assert json.loads(out)["health"]["preset"] == "classic"
+
+
+@pytest.mark.parametrize(
+    ("severity", "code"), [("critical", 0), ("warning", 1), ("info", 1), (None, 0)]
+)
+def test_the_exit_code_is_1_from_the_severity_asked_for(cli, tmp_path, severity, code):
+    x = torch.randn(40, 40)
+    x[:, :10] = 0
+    save_file({"x.weight": x}, tmp_path / "x.safetensors")
+    words = ("--fail-on", severity) if severity else ()
+    assert cli("scan", tmp_path / "x.safetensors", *words)[0] == code
+
+
+def test_thresholds_can_be_replaced(cli, folder):
+    _, out, _ = cli("scan", folder, "--preset", "classic", "--threshold", "condition_warning=1",
+                    "--threshold", "condition_critical=2")  # fmt: skip
+    assert "critical" in out
+    assert "score 0 of 100" in out
+
+
+def test_methods_and_selection_narrow_a_scan(cli, folder):
+    _, out, _ = cli("scan", folder, "--methods", "norms", "--select", "lm_head")
+    assert "1 matrices, 0 vectors" in out
+    assert "condition" not in out.splitlines()[0]
+    assert "Not judged, for it was not measured: spectral, quantization, sparsity." in out
+
+
+def test_formats_can_be_chosen_and_all_singular_values_kept(cli, folder):
+    _, out, _ = cli("scan", folder, "--formats", "mxfp4,int4", "--full-spectrum", "--json")
+    layer = json.loads(out)["layers"]["lm_head"]
+    assert set(layer["quantization"]["formats"]) == {"mxfp4", "int4"}
+    assert len(layer["spectral"]["spectrum"]) == 16
+
+
+def test_limit_cuts_the_table_and_says_so(cli, folder):
+    _, out, _ = cli("scan", folder, "--limit", "2")
+    assert "… and 9 more layers: raise --limit." in out
+
+
+def test_recommendations_are_json_for_llm_compressor(cli, folder):
+    _, out, _ = cli("scan", folder, "--recommend", "quant", "--json", "--sqnr", "15")
+    document = json.loads(out)
+    assert {"config_groups", "ignore"} <= set(document)
+    targets = [one for group in document["config_groups"].values() for one in group["targets"]]
+    assert "model.layers.0.mlp.down_proj" in targets
+
+
+def test_recommendations_by_the_older_rules(cli, folder):
+    _, out, _ = cli("scan", folder, "--recommend", "quant", "--preset", "classic", "--json")
+    assert set(json.loads(out)) == {"int8_layers", "int16_layers", "fp16_layers"}
+    code, out, _ = cli("scan", folder, "--recommend", "quant", "--preset", "classic")
+    assert code == 0
+    assert "fp16_layers" in out
+
+
+def test_low_ranks_are_recommended_with_the_error_they_leave(cli, tmp_path):
+    low = torch.randn(64, 4) @ torch.randn(4, 64)
+    save_file({"low.weight": low, "full.weight": torch.randn(64, 64)}, tmp_path / "x.safetensors")
+    _, out, _ = cli("scan", tmp_path / "x.safetensors", "--recommend", "compress")
+    assert "low: rank 4 of 64" in out
+    assert "full" not in out.replace("full rank", "")
+    _, out, _ = cli("scan", tmp_path / "x.safetensors", "--recommend", "compress", "--json")
+    assert [one["layer"] for one in json.loads(out)] == ["low"]
+
+
+def test_names_from_a_file_cannot_command_the_terminal(cli, tmp_path):
+    name = "a\x1b[31mb\x07[bold]c[/bold].weight"
+    save_file({name: torch.randn(4, 4)}, tmp_path / "x.safetensors")
+    _, out, _ = cli("scan", tmp_path / "x.safetensors")
+    assert "\x1b" not in out
+    assert "\x07" not in out
+    assert "[bold]c[/bold]" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "scan needs one model"),
+        (("absent/path",), "There is no file or folder absent/path"),
+        (("{folder}", "--methods", "spectrum"), "no method 'spectrum'"),
+        (("{folder}", "--select", "nothing"), "matches nothing"),
+        (("{folder}", "--formats", "int9"), "int9"),
+        (("{folder}", "--fail-on", "fatal"), "--fail-on fatal is none of critical"),
+        (("{folder}", "--recommend", "prune"), "--recommend prune is none of quant, compress"),
+        (("{folder}", "--threshold", "x"), "is not NAME=VALUE"),
+        (("{folder}", "--preset", "strict"), "no preset 'strict'"),
+        (("{folder}", "--output", "{folder}/no/r.json"), "there is no folder"),
+        (("{folder}", "--from", "r.json"), "give either it or a model"),
+        (("--from", "{folder}/absent.json"), "no saved scan at"),
+        (("{folder}", "{folder}"), "scan needs one model"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(cli, folder, arguments, words):
+    code, out, error = cli("scan", *(word.format(folder=folder) for word in arguments))
+    assert (code, out) == (2, "")
+    assert words in error
+    assert len(error.strip().splitlines()) == 1
