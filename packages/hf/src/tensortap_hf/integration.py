@@ -12,7 +12,7 @@ from torch import nn
 from tensortap.integration import Observer, Site
 from tensortap.undo import Undo
 from tensortap.wrappers import claim
-from tensortap_hf import attention, fused, generation, mixer
+from tensortap_hf import attention, fused, generation, mixer, quamba_model
 from tensortap_hf.dims import axes
 from tensortap_hf.modes import operands
 from tensortap_hf.modes.applied import state_of
@@ -33,6 +33,8 @@ class HuggingFace:
 
     def refuse(self, model: nn.Module) -> str | None:
         """No transformers model in it, or a transformers older than the tests run with."""
+        if quamba_model.is_quamba(model):
+            return None
         if not pretrained(model):
             return f"{type(model).__name__} holds no transformers PreTrainedModel."
         if _version(_installed()) < _version(TESTED[0]):
@@ -44,6 +46,8 @@ class HuggingFace:
 
     def sites(self, model: nn.Module) -> Sequence[Site]:
         """Every module under its canonical name, and the functions hooks cannot see."""
+        if quamba_model.is_quamba(model):
+            return quamba_model.sites(model)
         config = pretrained(model)[0].config
         modules = named(model, config)
         taken = {found.name for found in modules}
@@ -71,6 +75,9 @@ class HuggingFace:
         self, model: nn.Module, sites: Sequence[Site], observer: Observer, undo: Undo
     ) -> None:
         """Patch attention and mixer functions for the sites that are wanted, and `generate`."""
+        if quamba_model.is_quamba(model):
+            quamba_model.install(sites, observer, undo)
+            return
         wanted = [site for site in sites if site.silent is None and observer.wants(site)]
         if not wanted:
             return
@@ -83,6 +90,8 @@ class HuggingFace:
 
     def describe(self, model: nn.Module) -> Mapping[str, Any]:
         """Configuration, attention implementation, version of transformers, and the mode."""
+        if quamba_model.is_quamba(model):
+            return {**_mode(model), **quamba_model.describe(model)}
         config = pretrained(model)[0].config
         implementation = getattr(config, "_attn_implementation", None)
         return {
@@ -114,8 +123,10 @@ def _mode(model: nn.Module) -> dict[str, Any]:
     state = state_of(model)
     if state is None:
         return {}
-    mode = state.mode
-    return {"mode": mode.name, "format": mode.format, "metadata": {"mode": state.to_json()}}
+    mode, said = state.mode, state.to_json()
+    if quamba_model.is_quamba(model):
+        said["basis"] = "rotated"  # However it was loaded.
+    return {"mode": mode.name, "format": mode.format, "metadata": {"mode": said}}
 
 
 def _installed() -> str:
