@@ -208,7 +208,7 @@ def test_modes_that_are_equal_though_nobody_declared_it_are_named(
         "--out", tmp_path / "runs", "--json",
     )  # fmt: skip
     assert code == 0
-    assert "none and nothing are bitwise equal in all 4 outputs" in warnings
+    assert "none and nothing are bitwise equal in every output, though" in warnings
     [found] = json.loads(printed)["equalities"]
     assert (found["one"], found["other"], found["kind"]) == ("none", "nothing", "undeclared")
 
@@ -228,6 +228,64 @@ def test_a_declared_equality_that_fails_is_an_error(
     assert "one and two are declared to be bitwise equal, and differ from layers.0" in errors
     kinds = {(e["one"], e["other"]): e["kind"] for e in json.loads(printed)["equalities"]}
     assert kinds == {("one", "two"): "violated", ("one", "uno"): "declared"}
+
+
+def test_declared_and_undeclared_equalities_are_told_apart() -> None:
+    from tensortap_hf.command.equality import Equality, declared, undeclared
+
+    pairs = [
+        Equality("0", "2-0", "declared", 4),
+        Equality("0", "2-1", "undeclared", 4),
+        Equality("2-0", "2-1", "undeclared", 4),
+        Equality("2-1", "2-2", "declared", 4),
+        Equality("2-4", "3", "violated", 4, "layers.0/forward/output (sample 0)"),
+    ]
+    assert declared(pairs) == "Bitwise equal, as declared: 0 = 2-0; 2-1 = 2-2."
+    [sentence] = undeclared(pairs)
+    assert sentence.startswith("0 = 2-0 and 2-1 = 2-2 are bitwise equal in every output")
+    assert declared(pairs[4:]) is None
+    assert undeclared([pairs[0], *pairs[3:]]) == []
+
+
+def test_a_family_without_calibration_of_its_own_gets_the_samples(
+    cli: Cli, shape: Shape, tmp_path: Path, new_family: Any
+) -> None:
+    seen = []
+
+    def apply(model: Any, undo: Any, options: Any) -> Changes:
+        seen.append([tuple(sample.shape) for sample in options.calibration])
+        return Changes()
+
+    new_family("needy", Mode("looks", "needy", "looks", apply, needs_calibration=True))
+    code, _, _ = cli(
+        "modes", "capture", "--random-init", shape(LLAMA), "--modes", "looks", *SMALL,
+        "--calib-samples", 3, "--calib-seq-len", 4, "--out", tmp_path / "runs",
+    )  # fmt: skip
+    assert code == 0
+    assert seen == [[(1, 4)] * 3]
+
+
+def test_calibration_and_captured_inputs_are_separate(
+    cli: Cli, shape: Shape, tmp_path: Path, new_family: Any
+) -> None:
+    seen = []
+
+    def apply(model: Any, undo: Any, options: Any) -> Changes:
+        seen.extend(sample[0].tolist() for sample in options.calibration)
+        return Changes()
+
+    new_family("needy", Mode("looks", "needy", "looks", apply, needs_calibration=True))
+    (tmp_path / "one.txt").write_text("abcdef")
+    (tmp_path / "two.txt").write_text("uvwxyz")
+    arguments = (
+        "modes", "capture", "--random-init", shape(LLAMA), "--modes", "looks", "--samples", 1,
+        "--seq-len", 3, "--calib-samples", 1, "--calib-seq-len", 2, "--data", tmp_path / "one.txt",
+    )  # fmt: skip
+    assert cli(*arguments, "--calib-data", tmp_path / "two.txt", "--out", tmp_path / "a")[0] == 0
+    assert cli(*arguments, "--out", tmp_path / "b")[0] == 0
+    assert seen == [[ord("u"), ord("v")], [ord("a"), ord("b")]]
+    with tensortap.open_run(tmp_path / "a" / "looks") as run:
+        assert run.info.metadata["inputs"]["token_ids"] == [[ord(c) for c in "abc"]]
 
 
 def test_modes_of_one_name_in_two_families_have_folders_of_their_own(

@@ -148,6 +148,29 @@ def test_gradients_quantise_each_product_along_the_axis_it_sums_over(
         assert torch.allclose(layer.bias.grad, dy.sum(0), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", ["llama", "gpt2"])
+def test_it_trains_under_autocast(shape: str, build: Any, inputs: Any) -> None:
+    model = build(shape)
+    with modes.apply(model, "mxfp8"):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(**inputs()).loss
+        loss.backward()
+    for layer in linears(model):
+        assert layer.weight.grad.dtype is torch.float32
+        assert layer.weight.grad.isfinite().all()
+
+
+def test_a_compiled_model_computes_the_same(
+    build: Any, logits: Callable[..., torch.Tensor]
+) -> None:
+    model = build("llama").eval()
+    compiled = torch.compile(model, backend="eager")
+    plain = logits(compiled)
+    with modes.apply(model, "mxfp4"):
+        assert torch.equal(logits(compiled), logits(model))
+    assert torch.equal(logits(compiled), plain)
+
+
 def test_a_frozen_weight_gets_no_gradient(build: Any) -> None:
     model = build("llama")
     layer = model.model.layers[0].mlp.gate_proj

@@ -74,7 +74,8 @@ def capture(
     if as_json:
         printing.say_json(_json(plan, out, outcomes, equal))
     else:
-        _print(plan, out, outcomes)
+        _print(plan, outcomes)
+        printing.say_if(equality.declared(equal))
     _report(outcomes, equal)
     failed = any(one.error for one in outcomes) or any(e.kind == "violated" for e in equal)
     raise typer.Exit(1 if failed else 0)
@@ -97,7 +98,7 @@ def _equalities(out: Path, outcomes: list[Outcome]) -> list[Equality]:
         return equality.equalities(runs)
 
 
-def _print(plan: Plan, out: Path, outcomes: list[Outcome]) -> None:
+def _print(plan: Plan, outcomes: list[Outcome]) -> None:
     lengths = sorted(set(plan.samples.lengths))
     tokens = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
     printing.say(
@@ -125,7 +126,7 @@ def report_equalities(equal: list[Equality]) -> None:
     for one in equal:
         if one.kind == "violated":
             printing.complain(str(one))
-    for sentence in equality.sentences(equal):
+    for sentence in equality.undeclared(equal):
         printing.warn(sentence)
 
 

@@ -71,7 +71,9 @@ def compare(
     if as_json:
         printing.say_json(report)
     else:
-        _print(results, inputs, folder)
+        _print(results, inputs)
+        printing.say_if(equality.declared(equal))
+        printing.say(f"Everything measured: {folder / 'comparisons'}")
     report_equalities(equal)
     missing = [one for result in results for one in result.found.runs[0].unpaired]
     for lost in missing:
@@ -157,9 +159,7 @@ def _report(
     return report
 
 
-def _print(
-    results: Sequence[Compared], inputs: tuple[str, list[list[str]]] | None, folder: Path
-) -> None:
+def _print(results: Sequence[Compared], inputs: tuple[str, list[list[str]]] | None) -> None:
     for result in results:
         printing.say(f"{result.mode.name} against {result.ref.name}")
         for line in summary.details(result.found):
@@ -171,7 +171,6 @@ def _print(
         printing.say_table(headings, rows, title)
     if inputs is not None:
         printing.say(_spoken(*inputs))
-    printing.say(f"Everything measured: {folder / 'comparisons'}")
 
 
 def _spoken(name: str, groups: list[list[str]]) -> str:

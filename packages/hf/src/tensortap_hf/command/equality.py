@@ -52,35 +52,40 @@ def equalities(runs: Sequence[ModeRun]) -> list[Equality]:
     return found
 
 
-def sentences(found: Sequence[Equality]) -> list[str]:
-    """What is equal and nobody declared, one sentence for all modes that are equal together."""
-    same: list[set[str]] = []
-    for one in found:
-        if one.kind != "violated":
-            joined = [group for group in same if group & {one.one, one.other}]
-            same = [group for group in same if group not in joined]
-            same.append({one.one, one.other}.union(*joined))
+def declared(found: Sequence[Equality]) -> str | None:
+    """Which modes are equal as they declare, as a sentence; `None`: there are none."""
+    groups = _joined([one for one in found if one.kind == "declared"])
+    if not groups:
+        return None
+    return f"Bitwise equal, as declared: {'; '.join(' = '.join(group) for group in groups)}."
+
+
+def undeclared(found: Sequence[Equality]) -> list[str]:
+    """What is equal and nobody declared: a sentence for all modes that are equal together."""
+    declared = _joined([one for one in found if one.kind == "declared"])
     suspect = {name for one in found if one.kind == "undeclared" for name in (one.one, one.other)}
-    return [_suspicion(group, found) for group in same if group & suspect]
+    sentences = []
+    for group in _joined([one for one in found if one.kind != "violated"]):
+        if suspect & set(group):
+            kinds = [kind for kind in declared if kind[0] in group]
+            kinds += [[name] for name in group if not any(name in kind for kind in kinds)]
+            said = " and ".join(" = ".join(kind) for kind in kinds)
+            sentences.append(
+                f"{said} are bitwise equal in every output, though they are different modes: "
+                "they do not differ on these inputs, or one of them is not what it says."
+            )
+    return sentences
 
 
-def _suspicion(group: set[str], found: Sequence[Equality]) -> str:
-    declared = [one for one in found if one.kind == "declared" and {one.one, one.other} <= group]
-    names = list(dict.fromkeys(name for one in found for name in (one.one, one.other)))
-    kinds: list[list[str]] = []
-    for name in (name for name in names if name in group):
-        partners = {
-            name,
-            *(n for e in declared for n in (e.one, e.other) if name in (e.one, e.other)),
-        }
-        kind = next((kind for kind in kinds if partners & set(kind)), None)
-        kinds.append([name]) if kind is None else kind.append(name)
-    tensors = next(one.tensors for one in found if {one.one, one.other} <= group)
-    said = " and ".join(" = ".join(kind) for kind in kinds)
-    return (
-        f"{said} are bitwise equal in all {tensors:,} outputs, though they are different modes: "
-        "either they do not differ on these inputs, or one of them is not what it says."
-    )
+def _joined(pairs: Sequence[Equality]) -> list[list[str]]:
+    """Modes that are equal to each other, together; in the order they are met."""
+    found: list[list[str]] = []
+    for pair in pairs:
+        touched = [group for group in found if pair.one in group or pair.other in group]
+        names = [name for group in touched for name in group] + [pair.one, pair.other]
+        found = [group for group in found if group not in touched]
+        found.append(list(dict.fromkeys(names)))
+    return found
 
 
 def groups(runs: Sequence[ModeRun], name: str) -> list[list[str]]:

@@ -108,13 +108,13 @@ def _random(shape: str) -> tuple[Any, str | None]:
 def _pretrained(name: str) -> Any:
     import transformers
 
-    fields = _json(Path(name, "config.json")) if Path(name, "config.json").exists() else {}
+    fields, _ = _tried(name, lambda: transformers.PretrainedConfig.get_config_dict(name))
     if is_quamba(fields):
         return _quamba(name)
-    if fields and "model_type" not in fields:
+    if "model_type" not in fields:
         raise NotSupported(
-            f"{name}/config.json has no model_type, so transformers cannot load it; checkpoints "
-            "of mamba_ssm have converted twins whose names end in -hf."
+            f"{name}: its config.json has no model_type, so transformers cannot load it; "
+            "checkpoints of mamba_ssm have converted twins whose names end in -hf."
         )
     config = _tried(name, lambda: transformers.AutoConfig.from_pretrained(name))
     # Packed weights have the dtypes they were stored in; all others are wanted exactly.

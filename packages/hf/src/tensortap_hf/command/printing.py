@@ -25,6 +25,12 @@ def say(text: str = "") -> None:
     _out.print(text, highlight=False, markup=False)
 
 
+def say_if(text: str | None) -> None:
+    """The same for a line that may not be there."""
+    if text is not None:
+        say(text)
+
+
 def warn(text: str) -> None:
     """A line on stderr, where a pipe does not swallow it."""
     _err.print(

@@ -140,19 +140,22 @@ class QuantizedProduct(torch.autograd.Function):
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         input, weight = ctx.saved_tensors
         codec: Codec = ctx.codec
-        dy = codec.fake_quantize(grad_output, -1)
+        # Autocast computes the forward in another dtype; backward runs without it.
+        gradient = grad_output.to(weight.dtype)
+        dy = codec.fake_quantize(gradient, -1)
         w = codec.fake_quantize(weight, 1 if ctx.transposed else 0)
         if ctx.call is not None:
             captured = {"grad_output_quantized": dy, "weight": w}
             ctx.call.capture(captured, phase="backward", format=codec.info)
-        grad_input = dy.matmul(w.t() if ctx.transposed else w) if ctx.needs_input_grad[0] else None
-        grad_weight = grad_bias = None
+        grad_input = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_input = dy.matmul(w.t() if ctx.transposed else w).to(input.dtype)
         if ctx.needs_input_grad[1]:
-            rows = codec.fake_quantize(_rows(grad_output), 0)
-            product = rows.t().matmul(codec.fake_quantize(_rows(input), 0))
+            rows = codec.fake_quantize(_rows(gradient), 0)
+            product = rows.t().matmul(codec.fake_quantize(_rows(input).to(weight.dtype), 0))
             grad_weight = product.t() if ctx.transposed else product
         if ctx.has_bias and ctx.needs_input_grad[2]:
-            grad_bias = _rows(grad_output).sum(dim=0)
+            grad_bias = _rows(gradient).sum(dim=0)
         return grad_input, grad_weight, grad_bias, None, None, None
 
 

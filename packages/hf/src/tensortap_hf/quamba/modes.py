@@ -79,7 +79,7 @@ def _excluded(parts: Parts, exclude: tuple[str, ...]) -> tuple[str, ...]:
     """Canonical names of the mixers that stay in floats."""
     if not exclude:
         return ()
-    selection = Selection.parse(exclude)
+    selection = Selection.parse(",".join(exclude))
     names = [block.name for block in parts.blocks]
     found = tuple(name for name in names if selection.matches_module(name))
     if not found:
