@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +10,7 @@ import xxhash
 
 from tensortap_analysis.weights.measures import measure
 from tensortap_analysis.weights.options import Options
+from tensortap_analysis.weights.pool import in_workers
 from tensortap_analysis.weights.stacks import worst
 from tensortap_analysis.weights.weight import Weight
 
@@ -42,19 +40,6 @@ def _bytes(matrix: torch.Tensor) -> Any:
     return matrix.view(torch.uint8).numpy() if matrix.numel() else b""
 
 
-def workers(parallel: bool | int) -> int:
-    """How many workers: 1 for `False`, one a core for `True` or 0."""
-    if parallel is False:
-        return 1
-    if parallel is True or parallel == 0:
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else _cores()
-    return max(int(parallel), 1)
-
-
-def _cores() -> int:
-    return os.cpu_count() or 1
-
-
 def run(
     weights: Sequence[Weight],
     methods: Sequence[str],
@@ -68,46 +53,12 @@ def run(
     The same numbers whatever `parallel` is: every worker computes with one thread of its own.
     An error in one ends the scan; what is finished by then has been handed to `done`.
     """
-    largest_first = iter(sorted(weights, key=lambda weight: -weight.nbytes))
-    with _one_thread(), ThreadPoolExecutor(workers(parallel), initializer=_alone) as pool:
-        waiting: dict[Future[Measured], Weight] = {}
-        _submit(pool, waiting, largest_first, methods, options, 2 * workers(parallel))
-        try:
-            while waiting:
-                finished, _ = wait(waiting, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    done(waiting.pop(future), future.result())
-                _submit(pool, waiting, largest_first, methods, options, len(finished))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    largest_first = sorted(weights, key=lambda weight: -weight.nbytes)
 
+    def work(weight: Weight) -> Measured:
+        return measured(weight, methods, options)
 
-def _submit(
-    pool: ThreadPoolExecutor,
-    waiting: dict[Future[Measured], Weight],
-    weights: Iterator[Weight],
-    methods: Sequence[str],
-    options: Options,
-    count: int,
-) -> None:
-    for _, weight in zip(range(count), weights, strict=False):
-        waiting[pool.submit(measured, weight, methods, options)] = weight
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """One number of threads holds for the whole process: give it back as it was."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _alone() -> None:
-    torch.set_num_threads(1)
+    in_workers(largest_first, work, parallel=parallel, done=done)
 
 
 def same_values(weights: Sequence[Weight], found: Mapping[str, Measured]) -> dict[str, str]:
