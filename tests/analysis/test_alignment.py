@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -76,12 +77,26 @@ def test_one_axis_under_two_names_is_taken_for_the_same_and_said():
     assert torch.equal(whole(found.other, x.transpose(0, 1), found), x)
 
 
-@pytest.mark.parametrize("dims", [None, "rows columns", "a b c"])
-def test_without_matching_names_equal_shapes_are_taken_as_they_are(dims):
+@pytest.mark.parametrize(
+    ("dims", "note"),
+    [(None, "only one side names its axes"), ("rows columns", "'rows columns', taken as equal"),
+     ("a b c", "taken as equal")],
+)  # fmt: skip
+def test_without_matching_names_equal_shapes_are_taken_as_they_are_and_it_is_said(dims, note):
     found = align((2, 5), "batch seq", (2, 5), dims)
     assert found.shape == (2, 5)
     assert not found.moves
-    assert (found.note is None) == (dims is None)
+    assert note in found.note
+    assert align((2, 5), None, (2, 5), None).note is None
+
+
+def test_a_place_in_the_common_axes_is_one_in_the_stored_tensor():
+    x = torch.arange(5 * 2 * 12).reshape(5, 2, 12)
+    found = align((5, 2, 12), "seq batch (head dim)", (2, 3, 5, 4), "batch head seq dim")
+    common = whole(found.ref, x, found)
+    assert common.shape == (5, 2, 3, 4)
+    for place in itertools.product(*map(range, common.shape)):
+        assert x[found.ref.place(place)] == common[place]
 
 
 @pytest.mark.parametrize(

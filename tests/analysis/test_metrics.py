@@ -22,6 +22,7 @@ from tensortap_analysis.metrics import (
     Octaves,
     Side,
     bhattacharyya,
+    change,
     measure,
     measure_tensors,
 )
@@ -499,6 +500,29 @@ def test_the_first_of_equal_largest_differences_of_codes_is_named(engine: str) -
     for block in (1 << 10, 1 << 22):
         found = measure_tensors(ref, other, block=block)
         assert (found.max_abs, found.max_abs_at) == (3.0, (1, 70_000))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_change_from_one_tensor_to_another_is_the_largest_and_the_sum(
+    dtype: torch.dtype, engine: str
+) -> None:
+    ref, other = made(dtype, 1), made(dtype, 2)
+    apart = np.abs(values(other) - values(ref))
+    half = len(ref) // 4 * 2
+    largest, total = change([(ref[:half], other[:half]), (ref[half:], other[half:])])
+    assert largest == apart.max()
+    assert total == pytest.approx(apart.sum(), rel=1e-12)
+    assert change([]) == (0.0, 0.0)
+
+
+def test_a_change_that_is_no_number_is_not_lost_among_others(engine: str) -> None:
+    ref, other = torch.zeros(3000), torch.ones(3000)
+    other[1700] = -math.inf
+    assert change([(ref, other)]) == (math.inf, math.inf)
+    ref[1700] = -math.inf
+    for blocks in ([(ref, other)], list(zip(ref.split(600), other.split(600), strict=True))):
+        assert all(map(math.isnan, change(blocks)))
+    assert change([(torch.zeros(0), torch.zeros(0))]) == (0.0, 0.0)
 
 
 def test_a_parameter_is_measured_and_left_as_it_is(engine: str) -> None:

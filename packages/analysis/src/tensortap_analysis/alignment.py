@@ -53,6 +53,16 @@ class Side:
         lengths = [stop - start for start, stop in fine]
         return _gather(read, stored).reshape(lengths).permute(self.order)
 
+    def place(self, common: Sequence[int]) -> tuple[int, ...]:
+        """Where an element of the common axes is in the stored tensor."""
+        fine = [0] * len(common)
+        for axis, at in zip(self.order, common, strict=True):
+            fine[axis] = at
+        stored = [0] * len(set(self.owner))
+        for owner, size, at in zip(self.owner, self.fine, fine, strict=True):
+            stored[owner] = stored[owner] * size + at
+        return tuple(stored)
+
     def _stretches(self, owner: int, fine: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         """Where a box of the parts of a composite axis lies on it: contiguous stretches."""
         parts = [axis for axis, own in enumerate(self.owner) if own == owner]
@@ -91,6 +101,12 @@ class Alignment:
     ref: Side
     other: Side
     note: str | None = None
+
+    @classmethod
+    def as_stored(cls, shape: Sequence[int], note: str | None = None) -> Alignment:
+        """Two tensors of one shape, axis by axis."""
+        side = Side.as_stored(shape)
+        return cls(tuple(shape), side, side, note)
 
     @property
     def moves(self) -> bool:
@@ -149,14 +165,15 @@ def _aligned(
         if found is not None:
             return found
     if shape == other_shape:
-        side = Side.as_stored(shape)
-        return Alignment(shape, side, side, _note(dims, other_dims))
+        return Alignment.as_stored(shape, _note(dims, other_dims))
     return f"shapes {_spelled(shape, dims)} and {_spelled(other_shape, other_dims)} do not match"
 
 
 def _note(dims: str | None, other: str | None) -> str | None:
-    if None in (dims, other) or dims == other:
+    if dims == other:
         return None
+    if None in (dims, other):
+        return "only one side names its axes; taken in the order they are stored in"
     return f"axes {dims!r} and {other!r}, taken as equal"
 
 
