@@ -51,7 +51,8 @@ def test_a_difference_exits_1_and_names_the_place(cli, runs):
     assert code == 1
     assert f"{runs / 'bad'}: differs beyond limits" in out
     assert "first divergence: layers.2.up/forward/output (step 0): relative error" in out
-    assert "; local: at least" in out
+    assert "; local: 0.0" in out
+    assert " added here; nothing it was computed from differs\n" in out
     assert "local errors (added there): layers.2.up/forward/output\n" in out
     assert "estimate" in out
     assert "differ\n" in out
@@ -99,7 +100,9 @@ def test_json_says_all_that_the_terminal_says(cli, runs):
     [run] = found["runs"]
     assert run["first_divergence"]["tensor"] == "layers.2.up/forward/output"
     assert run["first_divergence"]["origin"] == "local"
-    assert run["first_divergence"]["inputs"] == {"layers.2.up/forward/input": 0.0}
+    assert run["first_divergence"]["inputs"] == {
+        f"layers.2.up/{what}": 0.0 for what in ("param/weight", "param/bias", "forward/input")
+    }
     assert len(run["tensors"]) == found["summary"][0]["compared"]
     assert {"mse", "cosine", "sqnr_db", "p99", "d_mean", "grade"} <= run["tensors"][0].keys()
     assert "NaN" not in out

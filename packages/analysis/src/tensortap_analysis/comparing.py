@@ -9,13 +9,15 @@ from itertools import count
 from tensortap.errors import ConfigError
 from tensortap_analysis.comparison import Comparison, RunComparison, judged_again
 from tensortap_analysis.crews import Crew
-from tensortap_analysis.examining import BLOCK, NotComparable, examine
+from tensortap_analysis.examining import BLOCK, examine
 from tensortap_analysis.facts import facts_of
 from tensortap_analysis.layers import changes
 from tensortap_analysis.moments import Catalogue, Moment, catalogue
 from tensortap_analysis.pairing import Match, Pairing, Partners, Unpaired, gathered, pair
 from tensortap_analysis.pairs import Pair
 from tensortap_analysis.presets import preset as known_preset
+from tensortap_analysis.products import with_products
+from tensortap_analysis.reasons import NotComparable
 from tensortap_analysis.sources import Source, label, opened
 
 Progress = Callable[[int, int], None]
@@ -98,13 +100,14 @@ class _Work:
                 failed.append(outcome)
         moved = changes(same, self._ref, other, block=self._block // crew.workers, crew=crew)
         unpaired = (*gathered(failed), *pairing.unpaired)
-        return RunComparison(facts_of(other.run, path), tuple(pairs), unpaired, tuple(moved))
+        told = with_products(pairs, same, self._ref, other, crew=crew)
+        return RunComparison(facts_of(other.run, path), tuple(told), unpaired, tuple(moved))
 
     def _outcome(self, match: Match, other: Catalogue, crew: Crew) -> Pair | Unpaired:
         try:
             return self._examined(match, other, crew).with_noise(self._noise_of(match, crew))
         except NotComparable as reason:
-            return Unpaired(match.name, "both", str(reason))
+            return Unpaired(match.name, "both", str(reason), kind=reason.kind)
 
     def _examined(self, match: Match, other: Catalogue, crew: Crew) -> Pair:
         block = self._block // crew.workers

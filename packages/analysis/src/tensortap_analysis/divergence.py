@@ -16,7 +16,7 @@ from tensortap_analysis.upstream import upstream
 Origin = Literal["local", "inherited"]
 
 _CLEAR = 1.5
-"""An error so many times the expected one is suspicious: the ratio that noise is allowed as well."""
+"""An error so many times the expected one is suspicious: the ratio that noise is allowed, too."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
@@ -12,19 +13,19 @@ from tensortap.errors import NotSupported, RunError
 from tensortap.records import Statistics, TensorRecord
 from tensortap.store.logical import LogicalTensor
 from tensortap_analysis.alignment import Alignment, align
-from tensortap_analysis.bounds import bounds_of, merged, said
-from tensortap_analysis.metrics import Metrics, measure, measure_tensors
+from tensortap_analysis.bounds import bounds_of, said
+from tensortap_analysis.boxes import boxes
+from tensortap_analysis.merging import Merged, merged, together
+from tensortap_analysis.metrics import Metrics, measure
 from tensortap_analysis.moments import Catalogue, Moment
 from tensortap_analysis.pairing import Match
 from tensortap_analysis.pairs import Half, Pair
+from tensortap_analysis.reasons import NotComparable, kind_of
+from tensortap_analysis.sampling import sampled
 
 BLOCK = 1 << 22
 """Elements of each side that are in memory at once."""
 _PACKED = getattr(torch, "float4_e2m1fn_x2", None)
-
-
-class NotComparable(Exception):
-    """These two tensors cannot be compared; the message is the reason, as half a sentence."""
 
 
 def examine(
@@ -46,9 +47,9 @@ def examine(
         if kinds == {"full"}:
             return _values(match, order, ref, other, block, threads)
         found = _sample(match, order, ref, other) if "stats" not in kinds else None
-        return found or _statistics(match, order, ref, other)
+        return found or _statistics(match, order, ref, other, block)
     except (RunError, NotSupported) as failure:
-        raise NotComparable(str(failure).rstrip(".")) from failure
+        raise NotComparable(str(failure).rstrip("."), kind_of(failure)) from failure
 
 
 def _values(
@@ -56,6 +57,8 @@ def _values(
 ) -> Pair:
     one, two, aligned = _aligned(match, ref, other)
     metrics = difference(one, two, aligned, block, threads)
+    if aligned.moves and metrics.max_abs_at is not None:
+        metrics = replace(metrics, max_abs_at=aligned.ref.place(metrics.max_abs_at))
     return Pair(match.at, order, "values", _half(one), _half(two), metrics, note=aligned.note)
 
 
@@ -72,7 +75,7 @@ def _aligned(
     two = other.tensor(match.other, match.name, padded=True)
     padded = align(one.shape, one.dims, two.shape, two.dims)
     if isinstance(padded, str) or (one.shape, two.shape) == valid:
-        raise NotComparable(found)
+        raise NotComparable(found, "mismatch")
     return one, two, padded.cut(*valid)
 
 
@@ -106,57 +109,54 @@ def _half(tensor: LogicalTensor) -> Half:
 
 def _sample(match: Match, order: int, ref: Catalogue, other: Catalogue) -> Pair | None:
     """The sampled elements of both; `None` where they were not taken at the same places."""
-    ones, twos = ref.records(match.ref), other.records(match.other)
-    if match.is_part or len(ones) != 1 or len(twos) != 1:
+    if match.is_part:
         return None
-    (one,), (two,) = ones, twos
-    strides = {record.stride for record in (one, two) if record.values == "sample"}
-    if len(strides) > 1 or one.shape != two.shape or one.dims != two.dims:
+    one, two = ref.moments[match.ref], other.moments[match.other]
+    found = sampled(one, two)
+    if found is None:
         return None
-    (stride,) = strides
-    tensors = _elements(one, ref, stride), _elements(two, other, stride)
-    note = f"every {stride}th element" if stride != 1 else None
-    halves = _half_of(one), _half_of(two)
-    return Pair(match.at, order, "sample", *halves, measure_tensors(*tensors), note=note)
+    metrics, note = found
+    return Pair(
+        match.at, order, "sample", _half_of(one.first()), _half_of(two.first()), metrics, note=note
+    )
 
 
-def _elements(record: TensorRecord, side: Catalogue, stride: int) -> torch.Tensor:
-    if record.values == "sample":
-        return side.run.sample(record)
-    return side.run.piece(record).reshape(-1)[::stride]
-
-
-def _statistics(match: Match, order: int, ref: Catalogue, other: Catalogue) -> Pair:
+def _statistics(match: Match, order: int, ref: Catalogue, other: Catalogue, block: int) -> Pair:
     if match.is_part:
         raise NotComparable("statistics of a fused tensor do not tell its parts")
     (one, mine), (two, theirs) = (
-        _described(side, moment) for side, moment in ((ref, match.ref), (other, match.other))
+        _described(side, moment, block) for side, moment in ((ref, match.ref), (other, match.other))
     )
-    if mine.count != theirs.count:
+    if mine.held != theirs.held:
+        raise NotComparable("statistics of pieces that hold other elements do not compare")
+    if mine.statistics.count != theirs.statistics.count:
         raise NotComparable(
-            f"statistics of {mine.count:,} and {theirs.count:,} values do not compare"
+            f"statistics of {mine.statistics.count:,} and {theirs.statistics.count:,} values do "
+            "not compare"
         )
     elementwise = (one.shape, one.dims) == (two.shape, two.dims)
-    bounds = bounds_of(mine, theirs, elementwise=elementwise)
-    metrics = said(mine, theirs)
-    return Pair(match.at, order, "statistics", one, two, metrics, bounds, "statistics only")
+    bounds = bounds_of(mine.statistics, theirs.statistics, elementwise=elementwise)
+    metrics = said(mine.statistics, theirs.statistics)
+    note = "statistics only, of one piece" if mine.held else "statistics only"
+    return Pair(match.at, order, "statistics", one, two, metrics, bounds, note)
 
 
-def _described(side: Catalogue, moment: Moment) -> tuple[Half, Statistics]:
+def _described(side: Catalogue, moment: Moment, block: int) -> tuple[Half, Merged]:
     """The statistics of the logical tensor, merged from its pieces or computed from its values."""
-    records = side.records(moment)
-    if side.moments[moment].values == "full":
-        tensor = side.tensor(moment, moment.name)
-        known = records[0].stats if len(records) == 1 and not _padded(records[0]) else None
-        return _half(tensor), known or stats.statistics(tensor.tensor())
-    found = merged(records)
-    if isinstance(found, str):
-        raise NotComparable(found)
-    return _half_of(records[0]), found
+    captured = side.moments[moment]
+    try:
+        return _half_of(captured.first()), merged(captured)
+    except NotComparable:
+        if captured.values != "full":
+            raise
+    tensor = side.tensor(moment, moment.name)
+    return _half(tensor), Merged(_statistics_of(tensor, block))
 
 
-def _padded(record: TensorRecord) -> bool:
-    return record.placement is not None and bool(record.placement.valid)
+def _statistics_of(tensor: LogicalTensor, block: int) -> Statistics:
+    """Of all values, block by block."""
+    parts = [stats.statistics(tensor.read(box)) for box in boxes(tensor.shape, block)]
+    return replace(together(parts), first=parts[0].first)
 
 
 def _half_of(record: TensorRecord) -> Half:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from tensortap.records import Segment
 from tensortap_analysis.moments import Catalogue, Moment
+from tensortap_analysis.reasons import Kind
 
 Where = Literal["ref", "run", "both"]
 Segments = Mapping[str, tuple[Segment, ...]]
@@ -21,6 +22,7 @@ class Unpaired:
     where: Where
     reason: str
     count: int = 1
+    kind: Kind = "unknown"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +73,14 @@ class Partners:
 
 def gathered(unpaired: Iterator[Unpaired] | list[Unpaired]) -> list[Unpaired]:
     """Each name and reason once, counted."""
-    found: dict[tuple[str, Where, str], int] = {}
+    found: dict[tuple[str, Where, str, Kind], int] = {}
     for one in unpaired:
-        key = (one.name, one.where, one.reason)
+        key = (one.name, one.where, one.reason, one.kind)
         found[key] = found.get(key, 0) + one.count
-    return [Unpaired(*key, count) for key, count in found.items()]
+    return [
+        Unpaired(name, where, reason, count, kind)
+        for (name, where, reason, kind), count in found.items()
+    ]
 
 
 @dataclass(slots=True)
@@ -146,7 +151,8 @@ class _Pairer:
         others = _moments_by_name(self.other)
         mine = _moments_by_name(self.ref)
         for moment in self.alone:
-            yield Unpaired(moment.name, "ref", _why(moment, others, "RUN"))
+            reason = _why(moment, others, "RUN")
+            yield Unpaired(moment.name, "ref", reason, kind="absent")
         wholes = {moment for name, moment in self.taken if name == moment.name}
         for moment in self.other.moments:
             parts = self.other.parts.get(moment.name, [])
@@ -154,7 +160,8 @@ class _Pairer:
             if moment in wholes or (parts and not missing):
                 continue
             for name in missing if len(missing) < len(parts) else [moment.name]:
-                yield Unpaired(name, "run", _why(moment.renamed(name), mine, "REF"))
+                reason = _why(moment.renamed(name), mine, "REF")
+                yield Unpaired(name, "run", reason, kind="absent")
 
 
 def _segments(side: Catalogue, name: str) -> Segments:

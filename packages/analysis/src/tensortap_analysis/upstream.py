@@ -83,7 +83,9 @@ class _Operands:
         """Those of the module that makes this tensor with them, by name."""
         if not tensor.returned or tensor.phase == "grad":
             return {}
-        own = (self._places.get((moment, tensor.module, way), {}) for way in ("forward", "backward"))
+        own = (
+            self._places.get((moment, tensor.module, way), {}) for way in ("forward", "backward")
+        )
         forward, backward = own
         return forward if tensor.phase == "forward" else forward | backward
 

@@ -1,0 +1,30 @@
+"""Why two tensors were not compared, and what that means for the verdict."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from tensortap.errors import RunCorrupt, RunError
+
+Kind = Literal["absent", "mismatch", "damaged", "unknown"]
+"""`absent`: one run has no such tensor. `mismatch`: both have it, and it is not the same: other
+shapes, or ranks that contradict each other. `damaged`: it was captured, and cannot be read any
+more. `unknown`: what was captured of it is not enough to tell."""
+
+_CONTRADICTIONS = ("disagree", "pieces differ in")
+
+
+class NotComparable(Exception):
+    """These two tensors cannot be compared; the message is the reason, as half a sentence."""
+
+    def __init__(self, reason: str, kind: Kind = "unknown") -> None:
+        super().__init__(reason)
+        self.kind: Kind = kind
+
+
+def kind_of(failure: Exception) -> Kind:
+    """What an error that a run raised for one of its tensors says about it."""
+    if isinstance(failure, RunCorrupt):
+        return "damaged"
+    contradicts = isinstance(failure, RunError) and any(w in str(failure) for w in _CONTRADICTIONS)
+    return "mismatch" if contradicts else "unknown"

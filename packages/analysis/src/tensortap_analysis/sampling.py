@@ -1,0 +1,78 @@
+"""Comparing the sampled elements of two tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from tensortap.records import TensorRecord
+from tensortap_analysis.merging import groups_to_sum, held
+from tensortap_analysis.metrics import Metrics, measure_tensors
+from tensortap_analysis.moments import Captured
+
+
+def sampled(one: Captured, two: Captured) -> tuple[Metrics, str | None] | None:
+    """All metrics of the elements that both have, and a note; `None` where there are none.
+
+    They are the same elements where both took every n-th of one whole tensor, or of the same
+    piece of it, in one order of axes. Padding is left out.
+    """
+    ones, twos = one.records(), two.records()
+    if len(ones) != 1 or len(twos) != 1 or not _same_elements(ones[0], twos[0]):
+        return None
+    if not all(_is_whole(record, found) for record, found in ((ones[0], one), (twos[0], two))):
+        return None
+    (stride,) = {record.stride for record in (ones[0], twos[0]) if record.values == "sample"}
+    shape = ones[0].shape
+    values = [_elements(*side, stride) for side in ((ones[0], one), (twos[0], two))]
+    places = torch.arange(0, math.prod(shape), stride)
+    kept = _valid(places, shape, [record.placement for record in (ones[0], twos[0])])
+    metrics = measure_tensors(*(side[kept] for side in values))
+    note = f"1 in {stride} elements" if stride != 1 else None
+    return _placed(metrics, places[kept], shape), note
+
+
+def _same_elements(one: TensorRecord, two: TensorRecord) -> bool:
+    strides = {record.stride for record in (one, two) if record.values == "sample"}
+    alike = (one.shape, one.dims, held(one)) == (two.shape, two.dims, held(two))
+    return alike and len(strides) == 1
+
+
+def _is_whole(record: TensorRecord, found: Captured) -> bool:
+    """Is it a tensor, or a piece of one, and no summand?"""
+    place = record.placement
+    if place is None:
+        return True
+    parallel = found.run.info_of(record.at.rank).parallel
+    summed = any(parallel.get(group) != 1 for group in groups_to_sum(place, found))
+    return not (summed or place.unknown or (place.valid and held(record)))
+
+
+def _elements(record: TensorRecord, found: Captured, stride: int) -> torch.Tensor:
+    if record.values == "sample":
+        return found.run.sample(record)
+    return found.run.piece(record).reshape(-1)[::stride]
+
+
+def _valid(places: torch.Tensor, shape: Sequence[int], sides: Sequence[object]) -> torch.Tensor:
+    """Which of these places are padding on neither side."""
+    kept = torch.ones(len(places), dtype=torch.bool)
+    for side in sides:
+        lengths: Mapping[int, int] = getattr(side, "valid", {})
+        for axis, length in lengths.items():
+            inner = math.prod(shape[axis % len(shape) + 1 :])
+            kept &= places // max(inner, 1) % shape[axis] < length
+    return kept
+
+
+def _placed(metrics: Metrics, places: torch.Tensor, shape: Sequence[int]) -> Metrics:
+    """The largest difference by its place in the tensor, not in the sample."""
+    if metrics.max_abs_at is None or not shape:
+        return metrics
+    flat = places[metrics.max_abs_at[0]]
+    return replace(
+        metrics, max_abs_at=tuple(int(i) for i in torch.unravel_index(flat, tuple(shape)))
+    )
