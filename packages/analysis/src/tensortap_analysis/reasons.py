@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from tensortap.errors import RunCorrupt, RunError
+from tensortap.errors import RunConflict, RunCorrupt
 
 Kind = Literal["absent", "mismatch", "damaged", "unknown"]
 """`absent`: one run has no such tensor. `mismatch`: both have it, and it is not the same: other
 shapes, or ranks that contradict each other. `damaged`: it was captured, and cannot be read any
 more. `unknown`: what was captured of it is not enough to tell."""
-
-_CONTRADICTIONS = ("disagree", "pieces differ in")
-
 
 class NotComparable(Exception):
     """These two tensors cannot be compared; the message is the reason, as half a sentence."""
@@ -26,5 +23,4 @@ def kind_of(failure: Exception) -> Kind:
     """What an error that a run raised for one of its tensors says about it."""
     if isinstance(failure, RunCorrupt):
         return "damaged"
-    contradicts = isinstance(failure, RunError) and any(w in str(failure) for w in _CONTRADICTIONS)
-    return "mismatch" if contradicts else "unknown"
+    return "mismatch" if isinstance(failure, RunConflict) else "unknown"

@@ -42,6 +42,10 @@ class RunCorrupt(RunError):
     """Stored bytes contradict their checksum or the layout; names file and line."""
 
 
+class RunConflict(RunError):
+    """The pieces that ranks captured of one tensor contradict each other."""
+
+
 class PluginError(TensortapError):
     """An installed plugin fails to load or contradicts the core's version."""
 

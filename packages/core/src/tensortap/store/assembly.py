@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tensortap.errors import RunError
+from tensortap.errors import RunConflict, RunError
 from tensortap.store.partial import sum_partial
 from tensortap.store.pieces import Geometry, Piece, Stretch, from_bytes, geometry, raw_bytes
 
@@ -31,8 +31,8 @@ _NOBODY = -1
 def assemble(pieces: Sequence[Piece]) -> torch.Tensor:
     """The logical tensor; a single piece that is all of it is returned as it is, not copied.
 
-    Raises `RunError` when pieces disagree where they overlap (bitwise), when some part of the
-    tensor is in no piece, or when a placement does not fit its piece.
+    Raises `RunConflict` when pieces disagree where they overlap (bitwise), `RunError` when some
+    part of the tensor is in no piece, or when a placement does not fit its piece.
     """
     pieces = sum_partial(pieces)
     places = [geometry(piece) for piece in pieces]
@@ -63,7 +63,7 @@ def _require_agreement(pieces: Sequence[Piece], places: Sequence[Geometry]) -> N
             listed = ", ".join(
                 f"rank {piece.rank}: {word}" for piece, word in zip(pieces, found, strict=True)
             )
-            raise RunError(f"pieces differ in {what} ({listed}); ask with rank= or dp_rank=")
+            raise RunConflict(f"pieces differ in {what} ({listed}); ask with rank= or dp_rank=")
 
 
 def _is_all(place: Geometry) -> bool:
@@ -194,12 +194,12 @@ class _Canvas:
     def _agrees(self, raw: torch.Tensor, box: Box) -> bool:
         return torch.equal(self._out[_logical(box)], raw[_local(box)])
 
-    def _disagreement(self, one: int, other: int, raw: torch.Tensor, cell: Box) -> RunError:
+    def _disagreement(self, one: int, other: int, raw: torch.Tensor, cell: Box) -> RunConflict:
         dtype = self._pieces[one].tensor.dtype
         theirs = from_bytes(self._out[_logical(cell)], dtype)
         ours = from_bytes(raw[_local(cell)], dtype)
         spans = describe([(part.start, part.start + part.length) for part in cell])
-        return RunError(
+        return RunConflict(
             f"ranks {self._pieces[one].rank} and {self._pieces[other].rank} both hold {spans} "
             f"and disagree there: {_difference(theirs, ours)}. Pieces are never averaged; ask "
             "for one with rank= or dp_rank="

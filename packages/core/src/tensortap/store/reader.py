@@ -253,7 +253,7 @@ class Run:
         except RunCorrupt:
             raise
         except RunError as failure:
-            raise RunError(f"{name} in {self.path}: {failure}") from failure
+            raise type(failure)(f"{name} in {self.path}: {failure}") from failure
 
     def _place_of(self, rank: int) -> RunInfo:
         """The rank's own info: another rank's would place its piece wrongly."""
