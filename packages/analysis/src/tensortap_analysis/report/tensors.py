@@ -6,14 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tensortap.records import encode_float
 from tensortap_analysis.comparison import Comparison
-from tensortap_analysis.report.markup import Html, data_block, join, tag
+from tensortap_analysis.report.markup import Html, join, tag
+from tensortap_analysis.report.searching import Column, searched
 from tensortap_analysis.report.views import View
 from tensortap_analysis.tables import Row, tensor_rows
-
-Column = tuple[str, str, str]
-"""Key, heading, and what the heading means."""
 
 _COMPARED: tuple[Column, ...] = (
     ("tensor", "tensor", "Canonical name"),
@@ -74,13 +71,7 @@ def section(views: Sequence[View], found: Comparison | None, rows: int) -> Listi
         full, first = "tensortap show --limit 0", "NaN and Inf, then max |x - mean| / std"
     cut = f"The worst {len(picked):,} of {total:,}; {full} has all." if total > len(picked) else ""
     ordered = f"Worst first, by {first}. {cut}"
-    table = {
-        "columns": [{"key": key, "title": title, "says": says} for key, title, says in columns],
-        "rows": [[_cell(row.get(key)) for key, _, _ in columns] for row in picked],
-        "beyond": next((n for n, column in enumerate(columns) if column[0] == "excess"), None),
-    }
-    html = join((tag("p", ordered, class_="says"), _controls(found is not None), _table(),
-                 data_block("tensors-data", table)))  # fmt: skip
+    html = join((tag("p", ordered, class_="says"), searched(columns, picked, "excess")))
     return Listing(html, total, len(picked))
 
 
@@ -149,30 +140,3 @@ def _captured(view: View, rows: int) -> tuple[int, list[Row]]:
 
 def _known(value: float) -> float:
     return value if value == value else -1.0
-
-
-def _cell(value: Any) -> Any:
-    """Numbers with five digits, NaN and infinities as words: the file stays small."""
-    if isinstance(value, float):
-        value = float(f"{value:.5g}")
-        return None if value != value else encode_float(value)
-    return value
-
-
-def _controls(compared: bool) -> Html:
-    search = tag(
-        "input", id="search", type="search", placeholder="Search: layers.3 attn forward -grad",
-        aria_label="Search tensors", autocomplete="off", spellcheck="false",
-    )  # fmt: skip
-    parts: list[str] = [Html(search.removesuffix("</input>"))]
-    if compared:
-        box = Html('<input type="checkbox" id="beyond">')
-        parts.append(tag("label", box, " beyond limits only"))
-    parts.append(tag("output", id="shown", for_="search"))
-    return tag("div", *parts, class_="controls")
-
-
-def _table() -> Html:
-    table = tag("table", tag("thead"), tag("tbody"), id="tensors-table")
-    more = tag("button", "Show more", id="more", type="button", hidden="")
-    return join((tag("div", table, class_="scroll", tabindex="0"), more))
