@@ -24,7 +24,7 @@ from tensortap_analysis.plots.quick import Magnitudes
 from tensortap_analysis.plots.samples import Sample, sample, sheet
 from tensortap_analysis.plots.selecting import at_moments, latest
 from tensortap_analysis.plots.style import LOOK
-from tensortap_analysis.plots.survey import survey, worst
+from tensortap_analysis.plots.survey import nothing_finite, survey, worst
 from tensortap_analysis.words import family_of, kind_of, layer_of
 
 FOLDERS = {
@@ -198,18 +198,23 @@ def test_statistics_of_several_records_are_merged_as_of_one_tensor(tmp_path):
         assert getattr(found, column)[0] == pytest.approx(value, rel=1e-9)
 
 
-def test_worst_are_nan_first_then_outliers_and_each_tensor_once(tmp_path):
+def test_worst_are_the_first_nan_then_outliers_and_each_tensor_once(tmp_path):
     torch.manual_seed(0)
     plain, spiked, broken = torch.randn(1000), torch.randn(1000), torch.randn(1000)
     spiked[3], broken[7] = 100.0, float("nan")
+    worse = broken.clone()
+    worse[:500] = float("nan")
+    lost = torch.full((1000,), float("nan"))
     tensors = {"a/forward/output": plain, "b/forward/output": spiked, "c/forward/input": spiked,
-               "d/forward/output": broken, "e/param/weight": torch.ones(1000),
-               "f/forward/input": torch.arange(1000)}  # fmt: skip
+               "d/forward/output": broken, "e/forward/output": worse, "f/forward/output": lost,
+               "g/param/weight": torch.ones(1000), "h/forward/input": torch.arange(1000),
+               "i/forward/input.mask": torch.full((1000,), -math.inf)}  # fmt: skip
     with open_run(write_run(tmp_path / "run", tensors)) as run:
-        ranked = [name for name, _ in worst(survey(run).floating)]
-    assert ranked[:3] == ["d/forward/output", "b/forward/output", "a/forward/output"]
-    assert "c/forward/input" not in ranked
-    assert "f/forward/input" not in ranked
+        found = survey(run).floating
+    # Where the first NaN is says more than where most of them are.
+    ranked = [name[0] for name, _ in worst(found)]
+    assert ranked == ["d", "e", "b", "a", "g"]
+    assert nothing_finite(found) == ["f/forward/output"]
 
 
 def test_recomputed_attention_equals_the_captured_probabilities(runs):
@@ -242,7 +247,7 @@ def test_gradients_that_vanish_or_explode_are_named(tmp_path):
     assert gradients.judged(found, found.names) == {
         "layers.2.mlp.up/grad/weight": "vanishing",
         "layers.3.mlp.up/grad/weight": "exploding",
-        "layers.6.mlp.up/grad/weight": "exploding",
+        "layers.6.mlp.up/grad/weight": "NaN or Inf",
     }
 
 
@@ -363,6 +368,24 @@ def test_against_a_run_with_nothing_in_common_the_rest_is_drawn(cli, runs, tmp_p
     assert "has no such tensor" in printed
     assert "no tensor has values in both runs" in printed
     assert (out / "quick_analysis.png").exists()
+
+
+def test_where_a_nan_began_is_drawn_and_what_is_nothing_else_is_only_said(cli, tmp_path):
+    weight = torch.randn(8, 8)
+    weight[0, 0] = math.nan
+    lost = torch.full((8, 8), math.nan)
+    tensors = {"layers.1.up/param/weight": weight, "layers.1.up/forward/output": weight * 2}
+    tensors |= {f"layers.{n}/forward/output": lost for n in (1, 2)}
+    tensors |= {f"layers.{n}.up/grad/weight": lost for n in (1, 2)}
+    run = write_run(tmp_path / "run", tensors)
+    ref = write_run(tmp_path / "ref", {name: x.nan_to_num() + 1 for name, x in tensors.items()})
+    code, out, _ = cli("plot", run, "--against", ref, "--worst", 2, "--out", tmp_path / "out")
+    assert code == 0
+    assert "layers.1/forward/output and 3 more: every value is NaN or Inf" in out
+    drawn = {path.name for path in (tmp_path / "out" / "distributions").iterdir()}
+    assert drawn == {
+        "layers.1.up__param__weight__step_0.png", "layers.1.up__forward__output__step_0.png"
+    }  # fmt: skip
 
 
 def test_a_name_with_dollar_signs_is_no_formula(tmp_path):

@@ -18,7 +18,7 @@ from tensortap.names import TensorName
 from tensortap.records import Coordinates, Placement, RunInfo, TensorRecord
 from tensortap.stats import statistics
 from tensortap_analysis.boxes import boxes
-from tensortap_analysis.whatif import expected, what_if
+from tensortap_analysis.whatif import expected, judging, what_if
 from tensortap_analysis.whatif.estimate import estimate
 from tensortap_analysis.whatif.rounding import Values, codec_of, tally
 
@@ -295,13 +295,76 @@ def test_the_command_writes_all_rows_as_json_csv_and_markdown(cli, two, tmp_path
     [
         (("--formats", "int9"), "format 'int9' is not known"),
         (("--select", "nothing/*"), "matches nothing"),
+        (("--formats", " ,"), "names no format"),
         (("--out", "rows.xls"), "must end in .csv, .md, .json"),
+        (("--out", "nowhere/rows.csv"), "there is no directory nowhere"),
+        (("--out", "/proc/rows.csv"), "cannot be written"),
+        (("--threshold-db", "nan"), "a number of decibels"),
+        (("--step", 4), "has nothing at step 4; it has [0]"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(cli, two, arguments, words):
     code, _, error = cli("formats", two, *arguments)
     assert code == 2
     assert words in error
+
+
+def test_one_tensor_under_several_names_is_one_row_and_all_rows_are_in_the_file(cli, tmp_path):
+    x = torch.randn(64, 64)
+    names = ("layers.0/forward/output", "layers.1/forward/input", "layers.1.norm/forward/input")
+    run = write_run(tmp_path / "run", {name: x.clone() for name in names} | {NAME: x * 1.01})
+    code, out, _ = cli("formats", run, "--formats", "int8,int8", "--out", tmp_path / "rows.json")
+    assert code == 0
+    shown = [line for line in out.splitlines() if line.startswith(" layers")]
+    assert len(shown) == 2
+    assert any("layers.0/forward/output and 2 more names" in line for line in shown)
+    assert out.splitlines()[0].split() == ["int8", "needs", "for"]
+    assert "8 bit" in out.splitlines()[1]
+    assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == 4
+
+
+def test_equal_payloads_are_rounded_once(tmp_path, monkeypatch):
+    x = torch.randn(64, 64)
+    names = ("layers.0/forward/output", "layers.1/forward/input")
+    run = write_run(tmp_path / "run", {name: x.clone() for name in names} | {NAME: -x})
+    rounded = []
+    known = judging.tally
+    monkeypatch.setattr(judging, "tally", lambda *given: rounded.append(1) or known(*given))
+    rows = expected(run, formats=("mxfp8",))
+    assert len(rounded) == 2
+    assert rows[0].sqnr_db == rows[1].sqnr_db
+
+
+def test_masks_are_no_values_to_round(cli, tmp_path):
+    lowest = torch.finfo(torch.float32).min
+    tensors = {
+        "layers.0/forward/input.attention_mask": torch.zeros(4, 4),
+        "layers.0.attn/forward/input.1": torch.tensor([[0.0, lowest], [0.0, 0.0]]),
+        NAME: torch.randn(4, 32),
+    }
+    code, out, _ = cli("formats", write_run(tmp_path / "run", tensors), "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert {row["name"] for row in found["rows"]} == {NAME}
+    assert len(found["skipped"]) == 2
+
+
+def test_an_interrupted_run_is_judged_and_said_to_be_incomplete(cli, tmp_path):
+    run = write_run(tmp_path / "run", {NAME: torch.randn(4, 32)})
+    state = run / "rank00000" / "rank.json"
+    state.write_text(state.read_text().replace('"closed"', '"writing"'))
+    code, _, error = cli("formats", run, "--formats", "int8")
+    assert code == 0
+    assert "incomplete: " in error
+    assert "rank00000" in error
+
+
+def test_a_folder_of_another_layout_is_judged_like_a_run(cli, two, tmp_path):
+    assert cli("export", two, "--out", tmp_path / "pt")[0] == 0
+    code, out, _ = cli("formats", tmp_path / "pt", "--json")
+    assert code == 0
+    known = json.loads(cli("formats", two, "--json")[1])
+    assert json.loads(out)["rows"] == known["rows"]
 
 
 def test_an_unknown_format_is_refused_before_anything_is_read():

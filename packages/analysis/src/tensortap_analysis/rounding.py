@@ -71,6 +71,17 @@ def largest(dtype: str) -> float:
     return float(torch.finfo(getattr(torch, dtype)).max) if eps(dtype) not in (0, 0.5) else math.inf
 
 
+def lowest_of_mask(dtype: str) -> float:
+    """The number that only masks hold: the lowest there is; narrow formats use all of theirs."""
+    wide = dtype in ("bfloat16", "float16", "float32", "float64")
+    return -largest(dtype) if wide else -math.inf
+
+
+def is_mask(name: str, dtype: str, lowest: float | None) -> bool:
+    """Is it a mask, by its name or because it holds the lowest number there is?"""
+    return name.endswith("mask") or (lowest is not None and lowest <= lowest_of_mask(dtype))
+
+
 def _passed(pair: Pair, number: int | None, depth: int) -> int:
     """Layers passed so far; parameters none, gradients all of them and the way back."""
     _, phase, _ = pair.name.split("/")

@@ -8,7 +8,13 @@ from tensortap.names import TensorName
 from tensortap.records import TensorRecord
 
 _LAYER = re.compile(r"(^|\.)layers\.(\d+)(?=\.|$)")
+_AXES = re.compile(r"\([^)]*\)|[^\s()]+")
 _KINDS = ("norm", "attn", "mlp", "mixer", "embed", "lm_head")
+
+
+def axes_of(dims: str | None) -> list[str]:
+    """The names of axes, where they are known: `"seq batch (head dim)"` has three."""
+    return _AXES.findall(dims or "")
 
 
 def layer_of(name: str) -> int | None:

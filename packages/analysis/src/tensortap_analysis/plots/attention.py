@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,9 @@ from tensortap.errors import RunError
 from tensortap.store import Run
 from tensortap_analysis.moments import Captured
 from tensortap_analysis.plots.style import figure, save
+from tensortap_analysis.words import axes_of
 
 HEADS, TOKENS = 16, 256
-_AXES = re.compile(r"\([^)]*\)|[^\s()]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +128,7 @@ def _scale(config: Mapping[str, Any], dim: int) -> tuple[float, str]:
 def _first(tensor: Captured, order: tuple[str, ...]) -> torch.Tensor:
     """The first sequence in float32, its axes in this order."""
     logical = tensor.open()
-    words = _AXES.findall(logical.dims or f"batch {' '.join(order)}")
+    words = axes_of(logical.dims or f"batch {' '.join(order)}")
     if sorted(words) != sorted(("batch", *order)) or len(words) != len(logical.shape):
         raise RunError(f"{tensor.name}: its axes {' '.join(words)!r} are not those of attention.")
     batch = words.index("batch")

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from tensortap_analysis.progress import told
 
 if TYPE_CHECKING:
     from tensortap_analysis.plots.gallery import Plotted
@@ -45,8 +45,9 @@ def plot(
 ) -> None:
     """Draw a run: summaries of all tensors, and the worst of them one by one.
 
-    Worst are tensors with NaN or Inf, then those whose farthest value is the most standard
-    deviations from the mean, or with --against those of the largest relative L2 error.
+    Worst are tensors with some NaN or Inf, the first in execution order in front, then those whose
+    farthest value is the most standard deviations from the mean, or with --against those of the
+    largest relative L2 error.
 
     Exit 0 when all was drawn that the captured values allow, 1 when a tensor could not be read,
     2 when none could.
@@ -58,7 +59,7 @@ def plot(
     with ExitStack() as stack:
         shown = stack.enter_context(opened(run, layout))
         ref = None if against is None else stack.enter_context(opened(against, layout))
-        progress = stack.enter_context(_progress())
+        progress = stack.enter_context(told("drawing"))
         done = draw(
             shown, out, against=ref, select=select, step=step, count=worst, causal=causal,
             called=str(run), progress=progress,
@@ -93,11 +94,3 @@ def _print(done: Plotted, out: Path) -> None:
             console.print(f"{title}: {line}", style=style, highlight=False, markup=False)
         if len(lines) > _SHOWN:
             console.print(f"{title}: … and {len(lines) - _SHOWN:,} more", style=style)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("reading", total=None)
-        yield lambda what: progress.update(task, description=f"drawing {what}")

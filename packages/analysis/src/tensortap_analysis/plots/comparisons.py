@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
+from matplotlib.ticker import MaxNLocator
 
 from tensortap_analysis.metrics import measure_tensors
 from tensortap_analysis.plots.pairs import Pair
@@ -32,7 +33,6 @@ from tensortap_analysis.whatif.rounding import codec_of, tally
 from tensortap_analysis.words import family_of, layer_of
 
 FORMATS = ("hifp8", "mxfp8", "mxfp4", "nvfp4", "int8")
-_LINES = 8
 
 
 def of_runs(pair: Pair, path: Path, title: str) -> Path:
@@ -75,6 +75,9 @@ def _against(axes: Axes, ref: Floats, run: Floats, names: tuple[str, str]) -> No
     )  # fmt: skip
     axes.plot([low, high], [low, high], lw=0.7, color=RED)
     axes.set(title="Value against value", xlabel=names[0], ylabel=names[1])
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(5))
+    axes.ticklabel_format(scilimits=(-2, 4))
     figure = axes.get_figure()
     assert figure is not None
     figure.colorbar(drawn, ax=axes, pad=0.01, label="values")
@@ -87,9 +90,9 @@ def _two_histograms(axes: Axes, ref: Floats, run: Floats, names: tuple[str, str]
         edges = np.histogram_bin_edges(both, 100).tolist()
     for values, name, colour in zip((ref, run), names, (BLUE, ORANGE), strict=True):
         axes.hist(values, bins=edges, histtype="step", color=colour, label=name)
-    count_scale(axes, room=1.25)
+    count_scale(axes)
     axes.set(title="Both histograms", xlabel="value", ylabel="values in bin")
-    axes.legend(loc="upper center", ncols=2)
+    _legend_above(axes)
 
 
 def _differences(axes: Axes, difference: Floats) -> None:
@@ -98,13 +101,19 @@ def _differences(axes: Axes, difference: Floats) -> None:
         return
     edges = scale(axes, difference, "x")
     axes.hist(difference, bins=100 if edges is None else edges, color=GREY)
-    count_scale(axes, room=1.35)
+    count_scale(axes)
     middle, far = np.quantile(np.abs(difference), (0.5, 0.99))
     for at, word, style in ((middle, "median |d|", "--"), (far, "99 % of |d|", ":")):
         axes.axvline(at, color=RED, lw=0.8, ls=style, label=f"{word} {at:.3g}")
         axes.axvline(-at, color=RED, lw=0.8, ls=style)
     axes.set(title="Differences", xlabel="difference", ylabel="values in bin")
-    axes.legend(loc="upper center", ncols=2)
+    _legend_above(axes)
+
+
+def _legend_above(axes: Axes) -> None:
+    """Between title and drawing, where it hides no line."""
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, borderaxespad=0.2)
+    axes.set_title(axes.get_title(), pad=16)
 
 
 def of_formats(values: torch.Tensor, path: Path, title: str, note: str) -> Path:
@@ -160,42 +169,49 @@ def overview(errors: Mapping[str, float], path: Path, title: str, note: str) -> 
     """Relative L2 errors in execution order, and by depth for the families that err most."""
     drawn = figure(10.5, 3.6)
     left, right = drawn.subplots(1, 2)
-    finite = [value for value in errors.values() if math.isfinite(value)]
-    floor = min((value for value in finite if value > 0), default=1e-12) / 3
-    if not any(errors.values()):
+    finite = [value for value in errors.values() if 0 < value < math.inf]
+    equal = sum(not value for value in errors.values())
+    note = f"{note}; {equal:,} tensors without any difference are not drawn" if equal else note
+    if equal == len(errors):
         for axes in (left, right):
             say(axes, "no tensor differs")
         return save(drawn, path, title, note)
-    ceiling = max(finite, default=1.0) * 3 or 1.0
-    numbers = np.array([min(max(value, floor), ceiling) for value in errors.values()])
+    top = 3 * max(finite, default=1.0)
+    numbers = np.array([value if 0 < value < math.inf else np.nan for value in errors.values()])
     left.semilogy(numbers, ".", ms=3, color=BLUE)
-    infinite = [at for at, value in enumerate(errors.values()) if not math.isfinite(value)]
+    infinite = [at for at, value in enumerate(errors.values()) if math.isinf(value)]
     if infinite:
-        left.plot(infinite, numbers[infinite], "x", color=RED, label="NaN or Inf in one run only")
+        left.semilogy(infinite, [top] * len(infinite), "x", color=RED,
+                      label="NaN or Inf in one run only")  # fmt: skip
         left.legend()
     left.set(title=f"{len(errors):,} tensors", xlabel="tensor, in execution order",
-             ylabel="relative L2 error")  # fmt: skip
+             ylabel="relative L2 error", xlim=(-1, len(errors)))  # fmt: skip
     few_ticks(left)
-    _by_depth(right, errors, floor)
+    _by_depth(right, errors, top)
     return save(drawn, path, title, note)
 
 
-def _by_depth(axes: Axes, errors: Mapping[str, float], floor: float) -> None:
+def _by_depth(axes: Axes, errors: Mapping[str, float], top: float) -> None:
+    """Lines of the families that differ most; equal ones would hide each other."""
     families: dict[str, dict[int, float]] = {}
     for name, value in errors.items():
         layer = layer_of(name)
-        if layer is not None and math.isfinite(value):
-            families.setdefault(family_of(name), {})[layer] = max(value, floor)
+        if layer is not None and value > 0:
+            families.setdefault(family_of(name), {})[layer] = value
     ranked = sorted(families, key=lambda family: -max(families[family].values()))
-    ranked = [*(f for f in ranked if f == "layer/forward/output"),
-              *(f for f in ranked if f != "layer/forward/output")]  # fmt: skip
+    ranked.sort(key=lambda family: family != "layer/forward/output")
     if not ranked:
-        say(axes, "no tensor is in a layer")
+        say(axes, "no tensor in a layer differs")
         return
-    for family, colour in zip(ranked[:_LINES], COLOURS, strict=False):
-        line = sorted(families[family].items())
-        axes.semilogy([at for at, _ in line], [value for _, value in line], "o-", ms=2.5,
+    alike = {tuple(sorted(families[family].items())): family for family in reversed(ranked)}
+    for family, colour in zip([f for f in ranked if f in alike.values()], COLOURS, strict=False):
+        layers = sorted(families[family])
+        values = np.array([families[family][layer] for layer in layers])
+        axes.semilogy(layers, np.where(np.isinf(values), np.nan, values), "o-", ms=2.5,
                       color=colour, label=family)  # fmt: skip
-    axes.set(title="By depth: the residual stream and what differs most", xlabel="layer")
+        gone = [layer for layer, value in zip(layers, values, strict=True) if np.isinf(value)]
+        axes.semilogy(gone, [top] * len(gone), "x", color=colour)
+    axes.set(title="By depth: the residual stream and what differs most", xlabel="layer",
+             ylabel="relative L2 error")  # fmt: skip
     few_ticks(axes)
     axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -74,7 +74,8 @@ def _box(axes: Axes, values: Floats) -> None:
                     "markeredgewidth": 0},
     )  # fmt: skip
     axes.set_xticks([])
-    axes.set(title=f"{len(outside) / values.size:.2%} outside", ylabel="value")
+    beyond = f"{len(outside) / values.size:.2%} beyond"
+    axes.set(title="box and whiskers", xlabel=f"{beyond} 1.5 quartile ranges", ylabel="value")
 
 
 def _normal(axes: Axes, values: Floats) -> None:

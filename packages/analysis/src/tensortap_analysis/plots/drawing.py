@@ -65,10 +65,11 @@ class Drawing:
 
 
 def title(tensor: Captured) -> str:
-    """Name, moment, shape and format."""
+    """Run, name, moment, shape and format."""
     record = tensor.first()
     shape: tuple[int, ...] = record.placement.logical_shape if record.placement else ()
     if tensor.part is not None:
         shape = tensor.open().shape
     spelled = "x".join(map(str, shape or record.shape)) or "scalar"
-    return f"{tensor.name}   {tensor.moment.when}, {spelled} {format_of(record)}"
+    run = tensor.run.path.name
+    return f"{run}: {tensor.name}   {tensor.moment.when}, {spelled} {format_of(record)}"

@@ -16,7 +16,7 @@ from tensortap_analysis.plots.selecting import At, at_moments, latest, selected
 from tensortap_analysis.plots.singles import draw_layers, draw_singles
 from tensortap_analysis.plots.style import look
 from tensortap_analysis.plots.summaries import draw_summaries
-from tensortap_analysis.plots.survey import survey, worst
+from tensortap_analysis.plots.survey import nothing_finite, survey, worst
 
 __all__ = ["Plotted", "plot"]
 
@@ -35,8 +35,9 @@ def plot(
 ) -> Plotted:
     """Draw the run into the new folder `out`: summaries of all tensors, then single tensors.
 
-    Single are the `count` worst: those with NaN or Inf, else those whose farthest value is the
-    most standard deviations from the mean, or with `against` of the largest relative L2 error.
+    Single are the `count` worst: those with NaN or Inf in the order in which they came about,
+    then those whose farthest value is the most standard deviations from the mean, or with
+    `against` of the largest relative L2 error.
     `select` names others instead, without a limit; parts of fused tensors too. `called` is what
     the text calls the run, by default its path. Raises `SelectionError`, `RunError` for a run
     without records, `RunExists`.
@@ -67,6 +68,10 @@ def plot(
 def _worst(drawing: Drawing, count: int, errors: Mapping[str, float] | None) -> At:
     """The worst of which there are values; worse ones of which there are none are noted."""
     picked: At = []
+    hopeless = nothing_finite(drawing.found.floating)
+    if hopeless:
+        more = f" and {len(hopeless) - 1:,} more" if len(hopeless) > 1 else ""
+        drawing.done.left_out.append(f"{hopeless[0]}{more}: every value is NaN or Inf")
     for name, step in worst(drawing.found.floating, errors):
         if len(picked) >= count:
             break
@@ -94,4 +99,6 @@ def _draw_attention(drawing: Drawing, chosen: At | None, *, causal: bool) -> Non
                 drawing.done.left_out.append(f"{module}: attention needs values of query and key")
                 continue
             path = picture(drawing.out / "attention_maps", module)
-            drawing.done.files.append(attention.draw(found, path, f"{module}: attention"))
+            drawing.done.files.append(
+                attention.draw(found, path, f"{drawing.run.path.name}: {module}, attention")
+            )

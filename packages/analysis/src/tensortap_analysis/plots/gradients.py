@@ -1,8 +1,8 @@
 """gradients/: norms and distributions by depth and step; what vanishes or explodes is marked.
 
-A gradient *explodes* when it holds NaN or Inf, or when its root mean square is more than 100 times
-the median of its family (the same tensor of all layers, at all steps); it *vanishes* when it is
-less than a hundredth of that, or all zero.
+A gradient *explodes* when its root mean square is more than 100 times the median of its family
+(the same tensor of all layers, at all steps); it *vanishes* when it is less than a hundredth of
+that, or all zero. One with NaN or Inf is neither, and marked as such.
 """
 
 from __future__ import annotations
@@ -44,9 +44,15 @@ def is_gradient(name: str) -> bool:
 
 
 def draw(
-    found: Survey, out: Path, values: Callable[[Sequence[str]], Mapping[str, Sample]]
+    found: Survey,
+    out: Path,
+    values: Callable[[Sequence[str]], Mapping[str, Sample]],
+    called: str,
 ) -> Iterator[Path]:
-    """Norms by depth and by step; distributions by depth, of the names that `values` can read."""
+    """Norms by depth and by step; distributions by depth, of the names that `values` can read.
+
+    `called` is what the titles call the run.
+    """
     names = [name for name in found.present if is_gradient(name)]
     if not names:
         return
@@ -54,14 +60,14 @@ def draw(
         name: (family_of(name), layer) for name in names if (layer := layer_of(name)) is not None
     }
     if places:
-        yield _norms(found, places, out / "norms_depth.png")
-        yield from _distributions(places, values, out / "distributions_depth.png")
+        yield _norms(found, places, out / "norms_depth.png", called)
+        yield from _distributions(places, values, out / "distributions_depth.png", called)
     if len(found.steps) > 1:
-        yield _by_step(found, names, out / "norms_steps.png")
+        yield _by_step(found, names, out / "norms_steps.png", called)
 
 
 def judged(found: Survey, names: Sequence[str]) -> dict[str, str]:
-    """`exploding` or `vanishing` for each name that is one of the two at some step."""
+    """`NaN or Inf`, `exploding` or `vanishing` for each name that is one of them at some step."""
     rms, strange = found.by_step(found.rms), found.by_step(found.nonfinite.astype(np.float64))
     rows: dict[str, list[int]] = {}
     wanted = set(names)
@@ -80,39 +86,55 @@ def judged(found: Survey, names: Sequence[str]) -> dict[str, str]:
 
 
 def _verdict(rms: Floats, strange: Floats, middle: float) -> str | None:
+    if (np.nan_to_num(strange) > 0).any():
+        return "NaN or Inf"
     known = rms[~np.isnan(rms)]
-    if (np.nan_to_num(strange) > 0).any() or (known > FACTOR * middle).any():
+    if (known > FACTOR * middle).any():
         return "exploding"
     return "vanishing" if (known <= middle / FACTOR).any() else None
 
 
-def _norms(found: Survey, places: Places, path: Path) -> Path:
+def _norms(found: Survey, places: Places, path: Path, called: str) -> Path:
     """l2 norms as a grid at the last step, with marks; beside it the lines of parameters."""
     last = found.by_step(found.l2)[:, -1]
     grid, verdicts = by_depth(found.names, places, last), judged(found, list(places))
-    note = f"▲ exploding, ▼ vanishing at some step: rms beyond {FACTOR:g} times its family's median"
+    note = (
+        f"▲ exploding, ▼ vanishing at some step: rms beyond {FACTOR:g} times its family's median; "
+        "X: NaN or Inf"
+    )
     if len(grid.rows) > ROWS:
         note += f"; the first {ROWS} of {len(grid.rows)} families"
         grid = Grid(grid.rows[:ROWS], grid.columns, grid.values[:ROWS])
-    drawn = figure(9.6, max(3.2, 1.4 + 0.16 * len(grid.rows)))
+    something = bool(np.isfinite(grid.values).any())
+    drawn = figure(9.6, max(3.2, 1.4 + 0.16 * len(grid.rows)) if something else 1.6)
     left, right = drawn.subplots(1, 2, width_ratios=(1.1, 1))
     paint(left, grid, f"l2 norm at step {found.steps[-1]}", "layer")
-    for name, verdict in verdicts.items():
-        family, layer = places[name]
-        if family in grid.rows:
-            at = grid.columns.index(layer), grid.rows.index(family)
-            left.plot(*at, "^" if verdict == "exploding" else "v", ms=5, color=RED, mec="white")
+    if something:
+        _mark(left, grid, places, verdicts)
     _lines(right, grid)
     if right.get_legend_handles_labels()[0]:
         drawn.legend(loc="outside lower right", ncols=3, fontsize=6.5)
     else:
         say(right, "no norm is finite in two layers")
-    return save(drawn, path, f"Gradients by depth: {_spoken(verdicts)}", note)
+    return save(drawn, path, f"{called}, gradients by depth: {_spoken(verdicts)}", note)
+
+
+_MARKS = {"exploding": "^", "vanishing": "v", "NaN or Inf": "X"}
+
+
+def _mark(axes: Axes, grid: Grid, places: Places, verdicts: Mapping[str, str]) -> None:
+    for name, verdict in verdicts.items():
+        family, layer = places[name]
+        if family in grid.rows:
+            at = grid.columns.index(layer), grid.rows.index(family)
+            axes.plot(*at, _MARKS[verdict], ms=5, color=RED, mec="white")
 
 
 def _spoken(verdicts: Mapping[str, str]) -> str:
     found = list(verdicts.values())
-    return f"{found.count('exploding')} exploding, {found.count('vanishing')} vanishing"
+    spoken = f"{found.count('exploding')} exploding, {found.count('vanishing')} vanishing"
+    strange = found.count("NaN or Inf")
+    return f"{spoken}, {strange} with NaN or Inf" if strange else spoken
 
 
 def _lines(axes: Axes, grid: Grid) -> None:
@@ -131,7 +153,7 @@ def _lines(axes: Axes, grid: Grid) -> None:
     few_ticks(axes)
 
 
-def _by_step(found: Survey, names: Sequence[str], path: Path) -> Path:
+def _by_step(found: Survey, names: Sequence[str], path: Path, called: str) -> Path:
     """The norm over all parameters, and the smallest, middle and largest of single gradients."""
     rows = [at for at, name in enumerate(found.names) if name.split("/")[1] == "grad"]
     what = "parameters"
@@ -159,11 +181,14 @@ def _by_step(found: Survey, names: Sequence[str], path: Path) -> Path:
     few_ticks(axes)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     note = "red: steps with NaN or Inf" if (strange > 0).any() else "no step has NaN or Inf"
-    return save(drawn, path, f"Gradient norms of {what} by step", note)
+    return save(drawn, path, f"{called}, gradient norms of {what} by step", note)
 
 
 def _distributions(
-    places: Places, values: Callable[[Sequence[str]], Mapping[str, Sample]], path: Path
+    places: Places,
+    values: Callable[[Sequence[str]], Mapping[str, Sample]],
+    path: Path,
+    called: str,
 ) -> Iterator[Path]:
     """Quantiles of the magnitudes by layer: of all parameters' gradients, and of the stream's."""
     groups = {
@@ -184,7 +209,8 @@ def _distributions(
             axes.set(title=title, xlabel="layer", ylabel="magnitude")
         else:
             say(axes, f"{title}: statistics only")
-    yield save(drawn, path, "Distribution of gradients by depth, last step", "zeros are not drawn")
+    title = f"{called}, distribution of gradients by depth, last step"
+    yield save(drawn, path, title, "zeros are not drawn")
 
 
 def _magnitudes(samples: Mapping[str, Sample], places: Places) -> dict[int, Floats]:

@@ -34,6 +34,8 @@ def draw(sheet: Sheet, path: Path, title: str, axes_words: tuple[str, str]) -> P
     _columns(top, sheet)
     image(body, sheet.values, extent=(0, sheet.shape[1], sheet.shape[0], 0))
     body.set(ylabel=axes_words[0], xlabel=axes_words[1])
+    if sheet.shape[0] == 1:
+        body.set_yticks([])
     strange = int((~np.isfinite(sheet.values)).sum())
     note = f"{sheet.note}; green: NaN or Inf ({strange:,} cells)" if strange else sheet.note
     return save(drawn, path, title, note)

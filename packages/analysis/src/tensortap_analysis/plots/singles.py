@@ -9,8 +9,7 @@ from tensortap_analysis.moments import Captured
 from tensortap_analysis.plots import distributions, heatmaps, layers
 from tensortap_analysis.plots.drawing import Drawing, title
 from tensortap_analysis.plots.samples import Sample, Sheet, image_of, numbers, sample, sheet, wide
-from tensortap_analysis.whatif.judging import axes_of
-from tensortap_analysis.words import family_of, layer_of
+from tensortap_analysis.words import axes_of, family_of, layer_of
 
 
 def draw_singles(drawing: Drawing, tensors: Mapping[str, Captured]) -> None:
@@ -34,7 +33,7 @@ def draw_singles(drawing: Drawing, tensors: Mapping[str, Captured]) -> None:
 
 def _axes_of(tensor: Captured, shown: Sheet) -> tuple[str, str]:
     """Words for the rows and the columns of a sheet."""
-    words = axes_of(tensor.first())
+    words = axes_of(tensor.first().dims)
     rows = " x ".join(words[:-1]) or "one row"
     return f"{rows} ({shown.shape[0]:,})", f"{words[-1] if words else 'value'} ({shown.shape[1]:,})"
 

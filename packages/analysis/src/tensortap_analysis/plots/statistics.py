@@ -18,15 +18,18 @@ _PANELS = (("mean", True), ("std", False), ("absmax", False), ("outliers", False
 _TITLES = {"outliers": "max |x - mean| / std"}
 
 
-def draw(found: Survey, out: Path) -> Iterator[Path]:
-    """A picture for each phase across depth, one across steps, and the residual stream's lines."""
+def draw(found: Survey, out: Path, called: str) -> Iterator[Path]:
+    """A picture for each phase across depth, one across steps, and the residual stream's lines.
+
+    `called` is what the titles call the run.
+    """
     for phase in PHASES:
-        yield from _phase(found, out, phase)
+        yield from _phase(found, out, phase, called)
     if any(map(_is_stream, found.present)):
-        yield _stream(found, out / "residual_stream.png")
+        yield _stream(found, out / "residual_stream.png", called)
 
 
-def _phase(found: Survey, out: Path, phase: str) -> Iterator[Path]:
+def _phase(found: Survey, out: Path, phase: str, called: str) -> Iterator[Path]:
     names = [name for name in found.present if name.split("/")[1] == phase]
     places = {
         name: (family_of(name), layer) for name in names if (layer := layer_of(name)) is not None
@@ -34,13 +37,13 @@ def _phase(found: Survey, out: Path, phase: str) -> Iterator[Path]:
     if places:
         last = {key: _latest(found.by_step(getattr(found, key))) for key, _ in _PANELS}
         grids = [by_depth(found.names, places, last[key]) for key, _ in _PANELS]
-        title = f"{phase}: statistics by depth, latest step of each tensor"
+        title = f"{called}, {phase}: statistics by depth, latest step of each tensor"
         yield _grids(grids, "layer", out / f"{phase}_depth.png", title)
     if len(found.steps) > 1 and names:
-        yield _steps(found, names, phase, out)
+        yield _steps(found, names, phase, out, called)
 
 
-def _steps(found: Survey, names: Sequence[str], phase: str, out: Path) -> Path:
+def _steps(found: Survey, names: Sequence[str], phase: str, out: Path, called: str) -> Path:
     """Layers are merged: the value of largest magnitude of a family in each step."""
     index = {name: at for at, name in enumerate(found.names)}
     families: dict[str, list[int]] = {}
@@ -51,7 +54,7 @@ def _steps(found: Survey, names: Sequence[str], phase: str, out: Path) -> Path:
         by_step = found.by_step(getattr(found, key))
         values = np.array([_largest(by_step[rows]) for rows in families.values()])
         grids.append(Grid(tuple(families), found.steps, values))
-    title = f"{phase}: statistics by step, the largest magnitude of all layers"
+    title = f"{called}, {phase}: statistics by step, the largest magnitude of all layers"
     return _grids(grids, "step", out / f"{phase}_steps.png", title)
 
 
@@ -93,7 +96,7 @@ def _is_stream(name: str) -> bool:
     return family_of(name) == "layer/forward/output" and layer_of(name) is not None
 
 
-def _stream(found: Survey, path: Path) -> Path:
+def _stream(found: Survey, path: Path, called: str) -> Path:
     """What each layer hands on, at the first, the middle and the last step."""
     rows = sorted(
         (layer_of(name) or 0, at) for at, name in enumerate(found.names) if _is_stream(name)
@@ -113,10 +116,17 @@ def _stream(found: Survey, path: Path) -> Path:
         _line(panels[1], layers, found.by_step(found.absmax)[at][:, step], colour, word)
         _line(panels[2], layers, found.by_step(found.outliers)[at][:, step], colour, word)
     for axes, title in zip(panels, ("mean ± std", "absmax", "max |x - mean| / std"), strict=True):
-        axes.set(title=title, xlabel="layer")
+        axes.set(title=title, xlabel="layer", xlim=(min(layers) - 0.5, max(layers) + 0.5))
         few_ticks(axes)
     panels[0].legend()
-    return save(drawn, path, "layers.*/forward/output: the residual stream by depth")
+    gone = [layer for layer, row in zip(layers, mean, strict=True) if np.isnan(row[steps[-1]])]
+    note = f"no finite value at step {found.steps[-1]} in layers {_listed(gone)}" if gone else ""
+    return save(drawn, path, f"{called}: the residual stream, layers.*/forward/output", note)
+
+
+def _listed(layers: Sequence[int]) -> str:
+    shown = ", ".join(map(str, layers[:8]))
+    return f"{shown} and {len(layers) - 8} more" if len(layers) > 8 else shown
 
 
 def _line(axes: Axes, layers: Sequence[int], values: Floats, colour: str, word: str) -> None:

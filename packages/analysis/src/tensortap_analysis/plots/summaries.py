@@ -25,13 +25,15 @@ def draw_summaries(drawing: Drawing) -> None:
     quick_path = drawing.out / "quick_analysis.png"
     drawing.done.files += [page, quick.draw(_magnitudes(drawing), values, quick_path, title)]
     drawing.progress("statistics")
-    drawing.done.files += statistics.draw(found.floating, drawing.out / "statistics")
+    drawing.done.files += statistics.draw(found.floating, drawing.out / "statistics", run.path.name)
     drawing.progress("gradients")
 
     def samples(names: Sequence[str]) -> Mapping[str, Sample]:
         return _samples(drawing, names)
 
-    drawing.done.files += gradients.draw(found.floating, drawing.out / "gradients", samples)
+    drawing.done.files += gradients.draw(
+        found.floating, drawing.out / "gradients", samples, run.path.name
+    )
 
 
 def _magnitudes(drawing: Drawing) -> quick.Magnitudes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -15,7 +14,7 @@ from tensortap.store.lookup import dp_rank_of
 from tensortap.store.rows import STATISTICS
 from tensortap_analysis.moments import place_of
 from tensortap_analysis.plots.style import Floats
-from tensortap_analysis.rounding import eps, largest
+from tensortap_analysis.rounding import eps, lowest_of_mask
 
 Numbers = npt.NDArray[np.int64]
 
@@ -75,7 +74,7 @@ class Survey:
 
     def _numbers(self) -> npt.NDArray[np.bool_]:
         """Rows of floating dtypes that are no masks: those hold the lowest number there is."""
-        lowest = np.array([-_reach(dtype) for dtype in self.dtypes])
+        lowest = np.array([lowest_of_mask(dtype) for dtype in self.dtypes])
         named = np.array([name.endswith("mask") for name in self.names], dtype=bool)
         whole = np.array([eps(dtype) == 0 for dtype in self.dtypes], dtype=bool)
         masks = named[self.name] | (np.nan_to_num(self.min) <= lowest[self.name])
@@ -143,12 +142,6 @@ def _dtypes(rows: npt.NDArray[np.void], names: int) -> tuple[str, ...]:
     return tuple(found.astype(str).tolist())
 
 
-def _reach(dtype: str) -> float:
-    """The magnitude that only a mask reaches; narrow formats use all of their range."""
-    wide = dtype in ("bfloat16", "float16", "float32", "float64")
-    return largest(dtype) if wide else math.inf
-
-
 def _merged(rows: npt.NDArray[np.void], group: Numbers, groups: int) -> dict[str, Any]:
     """Counts added up, extremes, and moments about the common mean."""
 
@@ -193,24 +186,35 @@ def _extreme(values: Floats, group: Numbers, groups: int, ufunc: np.ufunc) -> Fl
 
 
 def worst(found: Survey, error: Mapping[str, float] | None = None) -> list[tuple[str, int]]:
-    """(name, step) of all tensors, what to look at first in front, each at its worst step.
+    """(name, step) of the tensors that have finite values, what to look at first in front.
 
-    First those with NaN or Inf, most of them first; then by `error` where there is one, else by
-    `outliers`. A tensor that passes under
-    several names (an output that is the next input) is named once.
+    First those with NaN or Inf, in the order in which they came about: where it began says more
+    than where most of it is. Then by `error` where there is one, else by `outliers`, each at its
+    worst step. A tensor that passes under several names (an output that is the next input) is
+    named once.
     """
     outliers = np.nan_to_num(found.outliers, nan=0.0)
+    strange = found.nonfinite > 0
     at_worst: dict[int, int] = {}
-    for row in np.lexsort((found.step, -outliers, -found.nonfinite)):
-        at_worst.setdefault(int(found.name[row]), int(row))
+    for row in np.lexsort((found.step, np.where(strange, 0.0, -outliers), ~strange)):
+        if found.count[row] > found.nonfinite[row]:
+            at_worst.setdefault(int(found.name[row]), int(row))
 
-    def severity(row: int) -> tuple[float, float]:
+    def place(row: int) -> tuple[float, ...]:
+        if strange[row]:
+            return 0, found.step[row], found.name[row]
         name = found.names[int(found.name[row])]
-        return int(found.nonfinite[row]), outliers[row] if error is None else error.get(name, -1.0)
+        return 1, -(outliers[row] if error is None else error.get(name, -1.0))
 
     chosen: dict[tuple[float, ...], tuple[str, int]] = {}
-    for row in sorted(at_worst.values(), key=severity, reverse=True):
+    for row in sorted(at_worst.values(), key=place):
         alike = tuple(float(column[row]) for column in (found.count, found.absmax, found.l2))
         moment = found.names[int(found.name[row])], found.steps[int(found.step[row])]
         chosen.setdefault((*alike, moment[1]), moment)
     return list(chosen.values())
+
+
+def nothing_finite(found: Survey) -> list[str]:
+    """Names that have values, of which none is finite at some step."""
+    rows = np.flatnonzero((found.nonfinite == found.count) & (found.count > 0))
+    return [found.names[at] for at in np.unique(found.name[rows])]

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tensortap.errors import ConfigError
+from tensortap_analysis.progress import counted
 
 if TYPE_CHECKING:
     from tensortap_analysis.report.writing import Report
@@ -54,7 +52,7 @@ def report(
     from tensortap_analysis.report.writing import write_report
 
     limits = dict(_threshold(text) for text in threshold or ())
-    with _progress() as progress:
+    with counted("comparing") as progress:
         done = write_report(
             out, *runs, noise=noise, preset=preset, thresholds=limits, select=select, step=step,
             rows=rows, progress=progress,
@@ -97,16 +95,3 @@ def _print(done: Report) -> None:
         console.print(line, style="yellow")
     if len(done.missing) > _FEW:
         console.print(f"… and {len(done.missing) - _FEW:,} more", style="yellow")
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    )  # fmt: skip
-    console = Console(stderr=True)
-    # A bar that nobody sees leaves an empty line in front of an error.
-    hidden = not console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
-        task = progress.add_task("comparing", total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)

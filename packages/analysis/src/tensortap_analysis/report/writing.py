@@ -12,6 +12,7 @@ from tensortap.errors import ConfigError, RunError
 from tensortap.selection import Selection
 from tensortap_analysis.comparing import compare
 from tensortap_analysis.comparison import Comparison
+from tensortap_analysis.outputs import require_writable
 from tensortap_analysis.presets import preset as known_preset
 from tensortap_analysis.report.page import page
 from tensortap_analysis.report.views import View, labels, view
@@ -83,10 +84,7 @@ def _target(out: str | os.PathLike[str]) -> Path:
     path = Path(out)
     if path.suffix.lower() not in _SUFFIXES:
         raise ConfigError(f"--out {path}: a report is an HTML file; name it …{_SUFFIXES[0]}.")
-    if path.is_dir():
-        raise ConfigError(f"--out {path} is a directory; name a file.")
-    if not path.absolute().parent.is_dir():
-        raise ConfigError(f"--out {path}: there is no directory {path.parent}.")
+    require_writable(path)
     return path
 
 

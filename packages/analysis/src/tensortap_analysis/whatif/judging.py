@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -17,15 +16,16 @@ from tensortap.store import Run
 from tensortap.store.logical import LogicalTensor
 from tensortap_analysis.boxes import boxes
 from tensortap_analysis.moments import Captured, captured
+from tensortap_analysis.rounding import is_mask
 from tensortap_analysis.sources import Source, label, opened
 from tensortap_analysis.whatif.estimate import estimate
 from tensortap_analysis.whatif.rounding import Tally, Values, codec_of, scaled_as_a_whole, tally
+from tensortap_analysis.words import axes_of
 
 FORMATS = ("hifp8", "mxfp8", "mxfp4", "nvfp4", "int8")
 Basis = Literal["values", "exponents"]
 _BOX = 1 << 18
 """Values that are rounded at once."""
-_AXES = re.compile(r"\([^)]*\)|[^\s()]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +51,14 @@ class Expected:
 
 @dataclass(frozen=True, slots=True)
 class WhatIf:
-    """Rows by tensor, then format; `skipped` says of what there is none, and why."""
+    """Rows by tensor, then format; `skipped` says of what there is none, and why.
+
+    `problems` are those of the run: what an incomplete one lacks is in no row.
+    """
 
     rows: tuple[Expected, ...]
     skipped: tuple[str, ...]
+    problems: tuple[str, ...] = ()
 
 
 def expected(
@@ -91,7 +95,7 @@ def what_if(
         for done, tensor in enumerate(captured(readable, select, step=step), start=1):
             survey.add(tensor)
             progress(done)
-        return survey.result()
+        return replace(survey.result(), problems=tuple(readable.problems))
 
 
 def _require_step(run: Run, step: int | None, path: str) -> None:
@@ -107,11 +111,13 @@ class _Survey:
         self._sums: dict[tuple[str, Basis], dict[str, Tally]] = {}
         self._moments: dict[tuple[str, Basis], int] = {}
         self._skipped: dict[str, str] = {}
+        self._step = -1
+        self._known: dict[Hashable, dict[str, Tally]] = {}
 
     def add(self, tensor: Captured) -> None:
         """Count one tensor at one moment, or note why it cannot be."""
         try:
-            basis, found = _judge(tensor, self._codecs)
+            basis, found = self._judged(tensor)
         except RunCorrupt:
             raise
         except (RunError, NotSupported) as failure:
@@ -122,6 +128,18 @@ class _Survey:
         self._moments[key] = self._moments.get(key, 0) + 1
         for name, more in found.items():
             sums[name].add(more)
+
+    def _judged(self, tensor: Captured) -> tuple[Basis, dict[str, Tally]]:
+        """A layer's output is the next one's input: what has the same payload is rounded once."""
+        if tensor.moment.step != self._step:
+            self._step, self._known = tensor.moment.step, {}
+        key = _payload_of(tensor)
+        if key is not None and key in self._known:
+            return "values", self._known[key]
+        basis, found = _judge(tensor, self._codecs)
+        if key is not None and basis == "values":
+            self._known[key] = found
+        return basis, found
 
     def result(self) -> WhatIf:
         rows = (
@@ -147,11 +165,23 @@ def _row(key: tuple[str, Basis], name: str, sums: Tally, moments: int) -> Expect
     )
 
 
+def _payload_of(tensor: Captured) -> Hashable:
+    """What two tensors share that are the same values in the same blocks; `None` for shards."""
+    records = tensor.records()
+    payload = records[0].payload
+    if len(records) > 1 or payload is None or tensor.part is not None:
+        return None
+    axis = contraction_axis(records[0], len(records[0].shape))
+    return payload.digest, records[0].dtype, records[0].shape, axis
+
+
 def _judge(tensor: Captured, codecs: Mapping[str, Codec]) -> tuple[Basis, dict[str, Tally]]:
     record = tensor.first()
     dtype = getattr(torch, record.dtype, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or "x2" in record.dtype:
         raise NotSupported(f"{record.dtype} is not rounded to a format")
+    if is_mask(tensor.name, record.dtype, record.stats.min if record.stats else None):
+        raise NotSupported("a mask is not rounded to a format")
     if tensor.values == "full":
         return "values", _from_values(tensor.open(), record, codecs)
     if tensor.part is not None:
@@ -201,13 +231,8 @@ def _values(box: torch.Tensor, axis: int) -> torch.Tensor:
 
 def contraction_axis(record: TensorRecord, axes: int) -> int:
     """The axis that the product sums over which the tensor goes into next."""
-    words = axes_of(record)
+    words = axes_of(record.dims)
     wanted = "seq" if record.name.tensor == "value" else "in"
     if len(words) == axes and wanted in words:
         return words.index(wanted)
     return max(axes - 1, 0)
-
-
-def axes_of(record: TensorRecord) -> list[str]:
-    """The names of its axes, where they are known: `"seq batch (head dim)"` has three."""
-    return _AXES.findall(record.dims or "")

@@ -1,0 +1,42 @@
+"""Progress bars on stderr; nothing is printed where nobody watches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+
+@contextmanager
+def counted(what: str) -> Iterator[Callable[[int, int | None], None]]:
+    """A bar for work whose amount is known; call with what is done, and of how much."""
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with _shown(columns) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+@contextmanager
+def told(what: str) -> Iterator[Callable[[str], None]]:
+    """A bar for work in steps that have names; call with the name of the next one."""
+    with _shown((SpinnerColumn(), BarColumn(), TimeElapsedColumn())) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda name: progress.update(task, description=f"{what} {name}")
+
+
+def _shown(columns: tuple[object, ...]) -> Progress:
+    console = Console(stderr=True)
+    # A bar that nobody sees leaves an empty line in front of an error.
+    hidden = not console.is_terminal
+    text = TextColumn("{task.description}")
+    return Progress(text, *columns, console=console, transient=True, disable=hidden)  # type: ignore[arg-type]
