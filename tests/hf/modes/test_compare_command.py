@@ -205,6 +205,24 @@ def test_layers_that_only_one_run_has_are_said_and_exit_1(
     assert "layers.2/forward/output could not be compared: it was not captured" in errors
 
 
+def test_values_that_cannot_be_read_any_more_are_said_and_the_rest_is_compared(
+    cli: Cli, captured: Callable[..., Path]
+) -> None:
+    out = captured("fp32,int8", LLAMA)
+    [shard] = (out / "int8").glob("rank00000/shard-*")
+    with tensortap.open_run(out / "int8") as run:
+        [record] = run.records("layers.2/forward/output", step=1)
+    assert record.payload is not None
+    content = bytearray(shard.read_bytes())
+    content[record.payload.offset] ^= 255
+    shard.write_bytes(content)
+    code, printed, errors = cli("modes", "compare", out, "--json")
+    assert code == 1
+    assert "layers.2/forward/output could not be compared" in errors
+    [one] = json.loads(printed)["comparisons"]
+    assert one["layer"]["first_mse"] > 0
+
+
 def test_a_declared_equality_that_fails_exits_1(
     cli: Cli, captured: Callable[..., Path], new_family: Any
 ) -> None:

@@ -15,7 +15,7 @@ from tensortap_hf import modes
 from tensortap_hf.command.runs import ModeRun
 
 if TYPE_CHECKING:
-    from tensortap_analysis import Comparison, Pair
+    from tensortap_analysis import Comparison, Pair, Unpaired
 
 Progress = Callable[[str], None]
 
@@ -93,17 +93,17 @@ def compare(ref: ModeRun, other: ModeRun, progress: Progress, *, unrotate: bool)
 
     apart = unrotate and ref.basis != other.basis
     sides = Side(ref, apart), Side(other, apart)
-    names = _in_order(ref)
-    mine, theirs = set(names), set(_in_order(other))
-    pairs, unpaired = [], []
+    names, theirs = _in_order(ref), _in_order(other)
+    pairs: list[Pair] = []
+    unpaired: list[Unpaired] = []
     for order, name in enumerate(names):
         progress(f"{other.name} and {ref.name}: {name}")
-        found = _pair(name, order, *sides) if name in theirs else "it was not captured"
-        if isinstance(found, str):
-            unpaired.append(Unpaired(name, "both" if name in theirs else "ref", found))
-        else:
-            pairs.append(found)
-    unpaired += [Unpaired(name, "run", "it was not captured") for name in theirs - mine]
+        if name in theirs:
+            found = _tried(name, order, *sides)
+            pairs.append(found) if not isinstance(found, Unpaired) else unpaired.append(found)
+    lost = "it was not captured"
+    unpaired += [Unpaired(n, "ref", lost, kind="absent") for n in names if n not in theirs]
+    unpaired += [Unpaired(n, "run", lost, kind="absent") for n in theirs if n not in names]
     facts = [facts_of(one.run, str(one.run.path)) for one in (ref, other)]
     run = RunComparison(facts[1], tuple(pairs), tuple(unpaired), ())
     return judged_again(Comparison(facts[0], (run,), None, "classic"), {})
@@ -114,22 +114,26 @@ def _in_order(one: ModeRun) -> list[str]:
     return list(dict.fromkeys(str(record.name) for record in one.run.records()))
 
 
-def _pair(name: str, order: int, ref: Side, other: Side) -> Pair | str:
-    """Both tensors, their samples one after the other; or why they cannot be compared."""
+def _tried(name: str, order: int, ref: Side, other: Side) -> Pair | Unpaired:
+    """Both tensors, or why they cannot be compared."""
+    from tensortap_analysis.pairing import Unpaired
+    from tensortap_analysis.reasons import NotComparable, kind_of
+
+    try:
+        return _pair(name, order, ref, other)
+    except NotComparable as reason:
+        return Unpaired(name, "both", str(reason), kind=reason.kind)
+    except RunError as failure:
+        return Unpaired(name, "both", str(failure).rstrip("."), kind=kind_of(failure))
+
+
+def _pair(name: str, order: int, ref: Side, other: Side) -> Pair:
+    """Both tensors, their samples one after the other; raises `NotComparable`."""
     from tensortap_analysis.metrics import measure
     from tensortap_analysis.moments import Moment
     from tensortap_analysis.pairs import Half, Pair
 
-    obstacle = ref.obstacle(name) or other.obstacle(name)
-    if obstacle is not None:
-        return obstacle
-    mine, theirs = ref.samples(name), other.samples(name)
-    if mine.keys() != theirs.keys() or not mine:
-        return f"{len(mine)} and {len(theirs)} samples of it were captured with their values"
-    both = [(mine[key], theirs[key]) for key in mine]
-    for a, b in both:
-        if a.shape != b.shape:
-            return f"its shapes differ: {list(a.shape)} and {list(b.shape)}"
+    both = _samples(name, ref, other)
 
     def blocks() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for a, b in both:
@@ -139,6 +143,27 @@ def _pair(name: str, order: int, ref: Side, other: Side) -> Pair | str:
     one, two = (Half(shape, record.dtype, record.dims) for record in both[0])
     note = f"{len(both)} samples together" if len(both) > 1 else None
     return Pair(Moment(name), order, "values", one, two, measure(blocks, shape=shape), note=note)
+
+
+def _samples(name: str, ref: Side, other: Side) -> list[tuple[TensorRecord, TensorRecord]]:
+    """The records of both, sample by sample; raises `NotComparable`."""
+    from tensortap_analysis.reasons import NotComparable
+
+    obstacle = ref.obstacle(name) or other.obstacle(name)
+    if obstacle is not None:
+        raise NotComparable(obstacle)
+    mine, theirs = ref.samples(name), other.samples(name)
+    if mine.keys() != theirs.keys() or not mine:
+        raise NotComparable(
+            f"{len(mine)} and {len(theirs)} samples of it were captured with their values",
+            "absent" if mine.keys() != theirs.keys() else "unknown",
+        )
+    both = [(mine[key], theirs[key]) for key in mine]
+    for a, b in both:
+        if a.shape != b.shape:
+            shapes = f"{list(a.shape)} and {list(b.shape)}"
+            raise NotComparable(f"its shapes differ: {shapes}", "mismatch")
+    return both
 
 
 def pooled(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:

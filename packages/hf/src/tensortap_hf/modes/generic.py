@@ -11,7 +11,7 @@ from tensortap import formats
 from tensortap.errors import NotSupported
 from tensortap.formats import Codec
 from tensortap.undo import Undo
-from tensortap_hf import integration
+from tensortap_hf import integration, quamba_model
 from tensortap_hf.modes import casting, linears
 from tensortap_hf.modes.registry import Apply, Changes, Family, Mode, Options
 
@@ -25,20 +25,19 @@ _GRIDS = {
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-_QUAMBA = "QuambaLMHeadModel"
-"""The int8 model of the package quamba, which is none of transformers; it can be `loaded`."""
-
-
 def refuse(model: nn.Module) -> str | None:
-    """Why these modes cannot serve a model: it is none of transformers."""
-    if integration.pretrained(model) or type(model).__name__ == _QUAMBA:
+    """Why these modes cannot serve a model: it is none of transformers.
+
+    The int8 model of the package quamba is none either, but it can be `loaded`.
+    """
+    if integration.pretrained(model) or quamba_model.is_quamba(model):
         return None
     return f"{type(model).__name__} holds no transformers PreTrainedModel."
 
 
 def quantization_method(model: nn.Module) -> str | None:
     """How the weights of a loaded checkpoint are quantised (`torchao`); `None`: they are not."""
-    if type(model).__name__ == _QUAMBA:
+    if quamba_model.is_quamba(model):
         return "quamba"
     for found in integration.pretrained(model):
         config: Any = getattr(found.config, "quantization_config", None)
