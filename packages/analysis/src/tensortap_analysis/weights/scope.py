@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -79,6 +80,25 @@ class Scope:
         if log is not None:
             log.discard()
         return result
+
+    def compare_with(
+        self,
+        other: Scope,
+        *,
+        select: str | Iterable[str] = "*",
+        parallel: bool | int = False,
+        spectral: bool = True,
+    ) -> dict[str, Any]:
+        """How the weights became those of `other`: `["layer_comparisons"][layer]`, a dictionary.
+
+        Its `l2_norm_ratio` is other over self; see `tensortap_analysis.weights.drift.track` for
+        the rest, and for more than two checkpoints.
+        """
+        # Imported here: following weights builds on scopes.
+        from tensortap_analysis.weights.drift import track
+
+        steps = track((self, other), select=select, parallel=parallel, spectral=spectral)
+        return steps[0].as_dict()
 
     def _journal(
         self, output: str | os.PathLike[str] | None, methods: tuple[str, ...], options: Options

@@ -25,21 +25,27 @@ def change(before: torch.Tensor, after: torch.Tensor) -> dict[str, Any]:
     `relative_change`: ||after - before|| / ||before||. `cosine`: of the matrices as vectors.
     `row_change_max`: the largest relative change of a row, `row_change_at` that row.
     `max_change`: the largest |difference|. `unchanged`: the share of values that are equal.
-    Differences are taken in float64. What has no value (0 / 0, NaN) is `None`.
+    `not_finite_before`, `not_finite_after`: how many are NaN or infinite; most metrics then are
+    `None`, as is what would be 0 / 0. Differences are taken in float64.
     """
-    unit = _unit(before, after)
+    stats = statistics(before), statistics(after)
+    unit = _unit(max(one.absmax or 0.0 for one in stats))
     rows = np.concatenate([
         _rows(old, new, unit)
         for old, new in zip(_blocks(before), _blocks(after), strict=True)
     ]) if before.numel() else np.zeros((0, 6))  # fmt: skip
     old, new, apart, dot = (float(rows[:, at].sum()) for at in range(4))
     return {
+        "l2_before": _known(math.sqrt(old) / unit),
+        "l2_after": _known(math.sqrt(new) / unit),
         "l2_norm_ratio": _ratio(math.sqrt(new), math.sqrt(old)),
         "relative_change": _ratio(math.sqrt(apart), math.sqrt(old)),
         "cosine": _ratio(dot, math.sqrt(old) * math.sqrt(new)),
         "max_change": _known(float(rows[:, 4].max()) / unit if len(rows) else 0.0),
         "unchanged": float(rows[:, 5].sum()) / before.numel() if before.numel() else None,
         **_row_change(rows),
+        "not_finite_before": stats[0].count - stats[0].finite,
+        "not_finite_after": stats[1].count - stats[1].finite,
     }
 
 
@@ -63,16 +69,18 @@ def _rows(old: torch.Tensor, new: torch.Tensor, unit: float) -> Doubles:
     return found
 
 
-def _unit(before: torch.Tensor, after: torch.Tensor) -> float:
+def _unit(largest: float) -> float:
     """A power of two that keeps squares of the values inside the range of float64."""
-    largest = max(statistics(one).absmax or 0.0 for one in (before, after)) or 1.0
-    return 1 / _UNIT if largest > _BIG else _UNIT if largest < 1 / _BIG else 1.0
+    if largest > _BIG:
+        return 1 / _UNIT
+    return _UNIT if 0 < largest < 1 / _BIG else 1.0
 
 
 def _row_change(rows: Doubles) -> dict[str, Any]:
     """Rows that were zeros have no relative change, however far they went."""
     there = np.flatnonzero(rows[:, 0] > 0)
-    changes = np.sqrt(rows[there, 2] / rows[there, 0])
+    with np.errstate(invalid="ignore"):
+        changes = np.sqrt(rows[there, 2] / rows[there, 0])
     if not len(there) or not np.isfinite(changes).all():
         return {"row_change_max": None, "row_change_at": None}
     at = int(changes.argmax())

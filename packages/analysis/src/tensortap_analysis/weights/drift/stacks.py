@@ -1,0 +1,45 @@
+"""The change of a stack of experts: for each metric that of the expert that is worst off."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+_LOWEST = ("cosine", "effective_rank_ratio")
+_FARTHEST = ("l2_norm_ratio", "spectral_norm_ratio")
+"""Ratios: the one farthest from 1 either way."""
+_ADDED = ("not_finite_before", "not_finite_after")
+
+
+def worst_change(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """`expert` is the one that changed most, relatively; `experts` how many there are.
+
+    `unchanged` is the mean, counts are sums; of which expert the row that moved most is, is not
+    said.
+    """
+    found = {metric: _worst(metric, [part[metric] for part in parts]) for metric in parts[0]}
+    found["row_change_at"] = None
+    most = [part["relative_change"] for part in parts]
+    known = [at for at, value in enumerate(most) if value is not None]
+    expert = max(known, key=lambda at: most[at]) if known else None
+    return found | {"expert": expert, "experts": len(parts)}
+
+
+def _worst(metric: str, values: Sequence[Any]) -> Any:
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    if metric == "unresolved":
+        return {name: reason for value in known for name, reason in value.items()}
+    if metric in _ADDED:
+        return sum(known)
+    if metric == "unchanged":
+        return sum(known) / len(known)
+    if metric in _FARTHEST:
+        return max(known, key=_away)
+    return min(known) if metric in _LOWEST else max(known)
+
+
+def _away(ratio: float) -> float:
+    return abs(math.log(ratio)) if ratio > 0 else math.inf
