@@ -69,6 +69,9 @@ def scan(
     saved: Annotated[
         Path | None, typer.Option("--from", help="A saved scan; no weights are needed.")
     ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a report that opens in a browser, with charts.")
+    ] = None,
     health_only: Annotated[
         bool, typer.Option("--health", help="Print only what is wrong, all of it.")
     ] = False,
@@ -103,13 +106,19 @@ def scan(
         raise ConfigError(f"--recommend {recommend} is none of {', '.join(KINDS)}.")
     if fail_on is not None and fail_on not in SEVERITIES:
         raise ConfigError(f"--fail-on {fail_on} is none of {', '.join(SEVERITIES)}.")
+    if html is not None:
+        from tensortap_analysis.weights.report.page import target
+
+        target(html)
     words, workers = _workers(model or [], parallel)
     if saved is not None:
-        result = _loaded(saved, words)
+        scope, result = None, _loaded(saved, words)
     else:
-        options = Options(_words(formats), full_spectrum)
-        result = _scanned(words, methods, select, workers, options, output)
+        scope, options = _opened(words), Options(_words(formats), full_spectrum)
+        result = _scanned(scope, methods, select, workers, options, output)
     found = health(result, preset, limits)
+    if html is not None:
+        _write(html, result, found, scope)
     if recommend is not None:
         _recommend(advice(result, recommend, preset, sqnr, error), as_json)
     elif as_json:
@@ -148,17 +157,20 @@ def _loaded(saved: Path, words: list[str]) -> ScanResult:
     return ScanResult.load(saved)
 
 
+def _opened(words: list[str]) -> Scope:
+    if len(words) != 1:
+        raise ConfigError("scan needs one model: tensortap scan PATH, or --from report.json.")
+    return Scope(words[0])
+
+
 def _scanned(
-    words: list[str],
+    scope: Scope,
     methods: str,
     select: str,
     workers: bool | int,
     options: Options,
     output: Path | None,
 ) -> ScanResult:
-    if len(words) != 1:
-        raise ConfigError("scan needs one model: tensortap scan PATH, or --from report.json.")
-    scope = Scope(words[0])
     with _progress() as progress:
         return scope.scan(
             methods,
@@ -168,6 +180,16 @@ def _scanned(
             output=output,
             progress=progress,
         )
+
+
+def _write(html: Path, result: ScanResult, found: Health, scope: Scope | None) -> None:
+    """The HTML report; histograms need the weights, which a saved scan has not."""
+    # plotly takes a while to import, and tables do not need it.
+    from tensortap_analysis.weights.report.page import write_scan_report
+    from tensortap_analysis.weights.report.spread import histograms, worst_layers
+
+    values = [] if scope is None else histograms(scope.weights(), worst_layers(result))
+    write_scan_report(html, result, found, values)
 
 
 def _recommend(found: Advice, as_json: bool) -> None:

@@ -1,0 +1,167 @@
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from tests.analysis.browser import CHROMIUM, DRIVER, chromium
+from tests.analysis.weights.checkpoints import safetensors_folder, small_state
+
+from tensortap import formats
+from tensortap.errors import ConfigError
+from tensortap_analysis.weights import Options, ScanResult, Scope
+from tensortap_analysis.weights.health import health
+from tensortap_analysis.weights.report import histograms, write_scan_report
+from tensortap_analysis.weights.report.spread import worst_layers
+
+HOSTILE = "x.<img src=x onerror=hacked=1></script><script>hacked=1</script>"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    torch.manual_seed(0)
+    state = small_state(hidden=32)
+    state["model.layers.1.mlp.up_proj.weight"] = torch.zeros(128, 32)
+    state[f"{HOSTILE}.weight"] = torch.randn(32, 32)
+    return safetensors_folder(tmp_path / "m", state)
+
+
+def written(folder, out, *, full_spectrum=False, values=True):
+    scope = Scope(folder)
+    result = scope.scan(options=Options(full_spectrum=full_spectrum))
+    found = histograms(scope.weights(), worst_layers(result)) if values else []
+    write_scan_report(out, result, health(result), found)
+    return result, out.read_text()
+
+
+def blocks(page):
+    """The data of the page's charts and table, by identifier."""
+    found = re.findall(r'<script type="application/json" id="([^"]+)">(.*?)</script>', page, re.S)
+    return {name: json.loads(text) for name, text in found}
+
+
+def test_the_table_has_every_layer_with_the_metrics_of_the_scan(folder, tmp_path):
+    result, page = written(folder, tmp_path / "r.html")
+    table = blocks(page)["tensors-data"]
+    keys = [column["key"] for column in table["columns"]]
+    assert [row[0] for row in table["rows"]] == list(result)
+    row = table["rows"][list(result).index("lm_head")]
+    found = result["lm_head"]["spectral"]["condition_number"]
+    assert row[keys.index("condition_number")] == pytest.approx(found, rel=1e-4)
+
+
+def test_the_summary_says_the_score_and_the_issues_what_to_do(folder, tmp_path):
+    _, page = written(folder, tmp_path / "r.html")
+    assert "59 of 100" in page
+    assert "do not deploy (default)" in page
+    assert "All its values are 0: nothing passes through it." in page
+    assert "a vector has no spectrum" in page
+
+
+def test_names_from_a_checkpoint_are_only_text(folder, tmp_path):
+    _, page = written(folder, tmp_path / "r.html")
+    assert "<img src=x" not in page
+    assert "<script>hacked" not in page
+
+
+def test_ranks_show_the_error_that_is_left_by_each(folder, tmp_path):
+    result, page = written(folder, tmp_path / "r.html")
+    lines = {line["name"]: line for line in blocks(page)["ranks-data"]["data"]}
+    weight = Scope(folder).weights("lm_head")[0].read().double().numpy()
+    s = np.linalg.svd(weight, compute_uv=False)
+    for share, error in zip(lines["lm_head"]["x"], lines["lm_head"]["y"], strict=True):
+        rank = round(share * 32)
+        assert error == pytest.approx(np.sqrt((s[rank:] ** 2).sum() / (s**2).sum()), abs=1e-6)
+
+
+def test_spectra_are_drawn_where_the_scan_has_kept_them(folder, tmp_path):
+    _, without = written(folder, tmp_path / "r.html")
+    _, page = written(folder, tmp_path / "f.html", full_spectrum=True)
+    assert "spectra-data" not in blocks(without)
+    lines = {line["name"]: line for line in blocks(page)["spectra-data"]["data"]}
+    s = np.linalg.svd(Scope(folder).weights("lm_head")[0].read().double().numpy())[1]
+    assert lines["lm_head"]["y"] == pytest.approx((s / s[0]).tolist(), rel=1e-6)
+
+
+def test_the_map_marks_the_worst_layer_of_a_metric(tmp_path):
+    torch.manual_seed(0)
+    state = {f"layers.{n}.weight": torch.randn(16, 16) for n in range(5)}
+    state["layers.3.weight"][:, 0] *= 1e-6
+    save_file(state, tmp_path / "x.safetensors")
+    _, page = written(tmp_path / "x.safetensors", tmp_path / "r.html")
+    [heat] = blocks(page)["layers-metrics-data"]["data"]
+    row = heat["z"][heat["y"].index("condition number")]
+    assert row[3] == max(row) == 1
+    assert min(row) == 0
+
+
+def test_histograms_count_values_and_show_where_formats_have_theirs(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(64, 256)
+    save_file({"x.weight": x}, tmp_path / "x.safetensors")
+    [found] = histograms(Scope(tmp_path / "x.safetensors").weights(), ["x"])
+    counts, _ = np.histogram(x.numpy(), found.edges)
+    assert found.counts.tolist() == counts.tolist()
+    assert found.counts.sum() == x.numel()
+    block = x.view(-1, 16).abs().amax(1).median()
+    levels = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    grid = found.grids["nvfp4"]
+    assert len(grid) == 15
+    assert grid.max() == pytest.approx(block.item(), rel=0.07)
+    np.testing.assert_allclose(np.abs(grid[7:]) / grid.max() * 6, levels, atol=1e-6)
+    assert len(found.grids["int4"]) == 15
+    for name, values in found.grids.items():
+        assert len(values) <= 16
+        assert formats.get(name)
+
+
+def test_a_large_layer_is_sampled_by_whole_rows_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("tensortap_analysis.weights.report.spread._VALUES", 1000)
+    save_file({"x.weight": torch.randn(64, 100)}, tmp_path / "x.safetensors")
+    [found] = histograms(Scope(tmp_path / "x.safetensors").weights(), ["x"])
+    assert found.counts.sum() == 1000
+    assert found.share == pytest.approx(10 / 64)
+
+
+def test_a_saved_scan_makes_a_report_without_histograms(folder, tmp_path):
+    result, _ = written(folder, tmp_path / "r.html")
+    result.save(tmp_path / "r.json")
+    again = ScanResult.load(tmp_path / "r.json")
+    write_scan_report(tmp_path / "s.html", again, health(again))
+    assert not any(
+        name.startswith("histogram") for name in blocks((tmp_path / "s.html").read_text())
+    )
+
+
+def test_a_scan_of_nan_infinity_and_zeros_makes_a_report(tmp_path):
+    state = {f"l{n}": torch.randn(16, 16) for n in range(3)}
+    state["l0"][0, 0] = torch.nan
+    state["l1"][0, 0] = torch.inf
+    state["l2"][:] = 0
+    save_file({f"{name}.weight": one for name, one in state.items()}, tmp_path / "x.safetensors")
+    _, page = written(tmp_path / "x.safetensors", tmp_path / "r.html", full_spectrum=True)
+    assert blocks(page)["tensors-data"]["rows"]
+
+
+@pytest.mark.parametrize("name", ["r.pdf", "no/r.html"])
+def test_a_name_that_cannot_be_written_is_said(folder, tmp_path, name):
+    result = Scope(folder).scan("norms")
+    with pytest.raises(ConfigError, match="--html"):
+        write_scan_report(tmp_path / name, result, health(result))
+
+
+@pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromium-driver")
+@pytest.mark.xdist_group("chromium")
+def test_a_browser_shows_it_without_an_error(folder, tmp_path):
+    written(folder, tmp_path / "r.html", full_spectrum=True)
+    with chromium() as browser:
+        browser.console()
+        browser.open(tmp_path / "r.html")
+        assert browser.console() == []
+        assert browser.script("return window.hacked") is None
+        drawn = "return document.querySelectorAll('.chart .main-svg').length"
+        assert browser.script(drawn) >= 2 * 6
+        browser.type("#search", "lm_head")
+        rows = "return document.querySelectorAll('#tensors-table tbody tr').length"
+        assert browser.script(rows) == 1
