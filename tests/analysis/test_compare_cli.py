@@ -162,9 +162,10 @@ def test_saved_and_judged_again_by_another_preset(cli, runs, tmp_path):
 
 
 def test_a_noise_run_is_named_and_judges(cli, runs):
-    code, out, _ = cli(runs / "ref", runs / "bad", "--noise", runs / "bad")
-    assert code == 0
-    assert f"(noise: {runs / 'bad'})" in out
+    code, out, _ = cli(runs / "ref", runs / "bad", "--noise", runs / "same")
+    assert code == 1
+    assert f"(noise: {runs / 'same'})" in out
+    assert "x the noise" in out
 
 
 def test_help_lists_every_option(cli):

@@ -12,6 +12,7 @@ from tensortap_analysis.crews import Crew
 from tensortap_analysis.examining import BLOCK, examine
 from tensortap_analysis.facts import facts_of
 from tensortap_analysis.layers import changes
+from tensortap_analysis.mistakes import dead_patterns, lost, require_noise_of_its_own, require_step
 from tensortap_analysis.moments import Catalogue, Moment, catalogue
 from tensortap_analysis.pairing import Match, Pairing, Partners, Unpaired, gathered, pair
 from tensortap_analysis.pairs import Pair
@@ -47,10 +48,13 @@ def compare(
     if not runs:
         raise ConfigError("compare needs a reference and at least one run.")
     known_preset(preset, thresholds)
+    require_noise_of_its_own(runs, noise)
     with ExitStack() as stack:
 
         def listed(source: Source) -> Catalogue:
-            return catalogue(stack.enter_context(opened(source)), select, step=step)
+            run = stack.enter_context(opened(source))
+            require_step(run, label(source), step)
+            return catalogue(run, select, step=step)
 
         reference = listed(ref)
         reference.require_something(select)
@@ -60,7 +64,9 @@ def compare(
         found = work.compare(others, [label(run) for run in runs], progress)
         about = facts_of(reference.run, label(ref))
         accepted = facts_of(second.run, label(noise)) if second and noise is not None else None
-        return judged_again(Comparison(about, tuple(found), accepted, preset), thresholds or {})
+        remarks = tuple(dead_patterns(select, [reference, *others]))
+        measured = Comparison(about, tuple(found), accepted, preset, remarks=remarks)
+        return judged_again(measured, thresholds or {})
 
 
 class _Work:
@@ -99,9 +105,13 @@ class _Work:
             else:
                 failed.append(outcome)
         moved = changes(same, self._ref, other, block=self._block // crew.workers, crew=crew)
-        unpaired = (*gathered(failed), *pairing.unpaired)
+        about = facts_of(other.run, path)
+        unpaired = (
+            *gathered(failed),
+            *lost(pairing.unpaired, self._ref.run.problems, about.problems),
+        )
         told = with_products(pairs, same, self._ref, other, crew=crew)
-        return RunComparison(facts_of(other.run, path), tuple(told), unpaired, tuple(moved))
+        return RunComparison(about, tuple(told), unpaired, tuple(moved))
 
     def _outcome(self, match: Match, other: Catalogue, crew: Crew) -> Pair | Unpaired:
         try:

@@ -2,93 +2,48 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
-from tensortap.errors import RunError
+from tensortap.errors import ConfigError
+from tensortap.selection import Selection
+from tensortap_analysis.acceptance import noise_warnings
+from tensortap_analysis.depth import by_depth
 from tensortap_analysis.divergence import Divergence, divergences
-from tensortap_analysis.facts import RunFacts, noise_warnings, warnings
-from tensortap_analysis.layers import Change, abnormal
-from tensortap_analysis.pairing import Unpaired
-from tensortap_analysis.pairs import Pair
-from tensortap_analysis.presets import Judgement, judged, preset
+from tensortap_analysis.facts import RunFacts
+from tensortap_analysis.mistakes import spelled
+from tensortap_analysis.notices import notes, twins, warnings
+from tensortap_analysis.outcome import RunComparison, Verdict
+from tensortap_analysis.presets import judged, preset
+from tensortap_analysis.saving import decoded, encoded, load, save
 from tensortap_analysis.tables import summary
+from tensortap_analysis.upstream import upstream
 
-Verdict = Literal["agree", "differ", "incomparable"]
-_KIND, _SCHEMA = "tensortap-comparison", 1
-
-
-@dataclass(frozen=True, slots=True)
-class RunComparison:
-    """One run against the reference: pairs in execution order, a judgement beside each."""
-
-    run: RunFacts
-    pairs: tuple[Pair, ...]
-    unpaired: tuple[Unpaired, ...]
-    changes: tuple[Change, ...]
-    warnings: tuple[str, ...] = ()
-    judgements: tuple[Judgement, ...] = ()
-    divergences: tuple[Divergence, ...] = ()
-
-    @property
-    def verdict(self) -> Verdict:
-        """`incomparable` where not one tensor could be compared."""
-        if not self.pairs:
-            return "incomparable"
-        return "differ" if self.divergences else "agree"
-
-    @property
-    def first_divergence(self) -> Divergence | None:
-        """The earliest tensor in execution order that is beyond its limit."""
-        return self.divergences[0] if self.divergences else None
-
-    @property
-    def local(self) -> tuple[Divergence, ...]:
-        """The tensors beyond their limits whose error is not explained by their inputs'."""
-        return tuple(found for found in self.divergences if found.origin == "local")
-
-    @property
-    def worst(self) -> Pair | None:
-        """The pair farthest beyond, or nearest to, its limit; of equals the one of larger error."""
-        both = zip(self.pairs, self.judgements, strict=True)
-        ranked = [(judgement.excess, pair.error, -pair.order, pair) for pair, judgement in both]
-        return max(ranked, key=lambda row: row[:3])[-1] if ranked else None
-
-    @property
-    def estimated(self) -> bool:
-        """Is any limit an estimate?"""
-        return any(judgement.estimated for judgement in self.judgements)
-
-    @property
-    def jumps(self) -> tuple[Change, ...]:
-        """Sudden changes between adjacent layers, in either run."""
-        return tuple(change for change in self.changes if change.jumps)
-
-    @property
-    def abnormal(self) -> tuple[str, ...]:
-        """Tensors with NaN, infinities or an abnormal mean, as sentences."""
-        return tuple(abnormal(self.pairs))
+__all__ = ["Comparison", "RunComparison", "Verdict", "judged_again"]
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A reference and the runs compared with it, judged by a preset; see `compare`."""
+    """A reference and the runs compared with it, judged by a preset; see `compare`.
+
+    `remarks` are warnings about what was asked for, whatever the runs are.
+    """
 
     ref: RunFacts
     runs: tuple[RunComparison, ...]
     noise: RunFacts | None = None
     preset: str = "noise"
     thresholds: Mapping[str, float] | None = None
+    remarks: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> Verdict:
         """`differ` where any run does, `incomparable` where one could not be compared at all."""
         found = {run.verdict for run in self.runs}
-        return next(word for word in ("incomparable", "differ", "agree") if word in found)
+        words: tuple[Verdict, ...] = ("incomparable", "differ", "agree")
+        return next(word for word in words if word in found)
 
     @property
     def first_divergence(self) -> Divergence | None:
@@ -99,73 +54,71 @@ class Comparison:
     def judge(self, preset: str | None = None, **thresholds: float) -> Comparison:
         """The same measurements by another preset or other thresholds (`ratio=2`); needs no run.
 
-        Raises `ConfigError` for a preset or threshold there is not.
+        Thresholds that were replaced before stay so, as long as the preset stays. Raises
+        `ConfigError` for a preset or threshold there is not.
         """
-        return judged_again(replace(self, preset=preset or self.preset), thresholds)
+        stays = preset in (None, self.preset)
+        limits = {**(self.thresholds or {} if stays else {}), **thresholds}
+        return judged_again(replace(self, preset=preset or self.preset), limits)
+
+    def narrowed(self, select: str | Iterable[str] = "*", *, step: int | None = None) -> Comparison:
+        """Only the tensors of these names, at this step; needs no run.
+
+        Raises `SelectionError` and `ConfigError` where nothing was compared of them.
+        """
+        wanted = Selection.parse(select)
+        pairs = [pair for run in self.runs for pair in run.pairs]
+        if not any(wanted.matches(pair.name) for pair in pairs):
+            raise wanted.nothing_in(sorted({pair.name for pair in pairs}), "the comparison")
+        steps = sorted({pair.at.step for pair in pairs})
+        if step is not None and step not in steps:
+            raise ConfigError(f"Nothing was compared at step {step}; there are {spelled(steps)}.")
+        runs = tuple(_narrowed(run, wanted, step) for run in self.runs)
+        return judged_again(replace(self, runs=runs), self.thresholds or {})
 
     def table(self, kind: str = "text") -> str:
         """The summary, a row for each run: `text`, `markdown` or `csv`."""
         return summary(self, kind)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write everything that was measured as JSON; `Comparison.load` reads it."""
-        text = json.dumps(self.to_json(), allow_nan=False)
-        scratch = Path(f"{path}.partial")
-        scratch.write_text(text, encoding="utf-8")
-        scratch.replace(path)
+        """Write everything that was measured as JSON; `Comparison.load` reads it.
+
+        Raises `ConfigError` where it cannot be written.
+        """
+        save(self.to_json(), path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Comparison:
         """Read a saved comparison; raises `RunError` for anything else."""
-        try:
-            return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            raise RunError(f"There is no saved comparison at {path}.") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as failure:
-            raise RunError(f"{path} is no saved comparison: {failure!r}.") from failure
+        return load(path, cls.from_json)
 
     def to_json(self) -> dict[str, Any]:
         """What `save` writes."""
         return {
-            "kind": _KIND,
-            "schema": _SCHEMA,
+            **encoded(self.ref, self.runs, self.noise),
             "preset": self.preset,
             "thresholds": dict(self.thresholds or {}),
-            "ref": self.ref.to_json(),
-            "noise": None if self.noise is None else self.noise.to_json(),
-            "runs": [
-                {
-                    "run": run.run.to_json(),
-                    "pairs": [pair.to_json() for pair in run.pairs],
-                    "unpaired": [asdict(one) for one in run.unpaired],
-                    "changes": [change.to_json() for change in run.changes],
-                }
-                for run in self.runs
-            ],
+            "remarks": list(self.remarks),
         }
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Comparison:
         """Inverse of `to_json`, judged as it was."""
-        if (document["kind"], document["schema"]) != (_KIND, _SCHEMA):
-            raise ValueError(f"schema {document['schema']} of {document['kind']!r} is not known")
-        runs = tuple(
-            RunComparison(
-                RunFacts.from_json(run["run"]),
-                tuple(Pair.from_json(pair) for pair in run["pairs"]),
-                tuple(Unpaired(**one) for one in run["unpaired"]),
-                tuple(Change.from_json(change) for change in run["changes"]),
-            )
-            for run in document["runs"]
-        )
-        noise = document["noise"]
-        found = cls(
-            RunFacts.from_json(document["ref"]),
-            runs,
-            None if noise is None else RunFacts.from_json(noise),
-            document["preset"],
-        )
+        remarks = tuple(document["remarks"])
+        found = cls(*decoded(document), document["preset"], remarks=remarks)
         return judged_again(found, document["thresholds"])
+
+
+def _narrowed(run: RunComparison, wanted: Selection, step: int | None) -> RunComparison:
+    def fits(at: int) -> bool:
+        return step is None or at == step
+
+    return replace(
+        run,
+        pairs=tuple(p for p in run.pairs if wanted.matches(p.name) and fits(p.at.step)),
+        unpaired=tuple(one for one in run.unpaired if wanted.matches(one.name)),
+        changes=tuple(c for c in run.changes if wanted.matches(c.at.name) and fits(c.at.step)),
+    )
 
 
 def judged_again(found: Comparison, thresholds: Mapping[str, float]) -> Comparison:
@@ -174,11 +127,19 @@ def judged_again(found: Comparison, thresholds: Mapping[str, float]) -> Comparis
     runs = []
     for run in found.runs:
         judgements = judged(run.pairs, limits)
-        notices = [*warnings(found.ref, run.run, run.pairs)]
-        if found.noise is not None:
-            notices += noise_warnings(found.ref, found.noise, run.pairs)
-        beyond = tuple(divergences(run.pairs, judgements))
-        runs.append(
-            replace(run, judgements=judgements, divergences=beyond, warnings=tuple(notices))
-        )
+        sources = list(upstream(run.pairs))
+        beyond = tuple(divergences(run.pairs, judgements, sources))
+        depth = tuple(by_depth(run.pairs, sources))
+        again = replace(run, judgements=judgements, divergences=beyond, depth=depth)
+        said = notes(found.ref, run.run)
+        runs.append(replace(again, warnings=_warnings(found, again), notes=tuple(said)))
+    for place, more in twins(runs).items():
+        runs[place] = replace(runs[place], warnings=(*more, *runs[place].warnings))
     return replace(found, runs=tuple(runs), thresholds=dict(thresholds))
+
+
+def _warnings(found: Comparison, run: RunComparison) -> tuple[str, ...]:
+    about = list(warnings(found.ref, run))
+    if found.noise is not None:
+        about += noise_warnings(found.ref, run.run, found.noise, run.pairs)
+    return tuple(about)

@@ -7,16 +7,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from tensortap_analysis.inheritance import Basis, Inheritance, inheritance
+from tensortap_analysis.inheritance import CLEAR, Basis, Inheritance, inheritance
 from tensortap_analysis.judgement import Judgement
 from tensortap_analysis.modules import Tensor
 from tensortap_analysis.pairs import Pair
-from tensortap_analysis.upstream import upstream
+from tensortap_analysis.upstream import Sources
 
 Origin = Literal["local", "inherited"]
-
-_CLEAR = 1.5
-"""An error so many times the expected one is suspicious: the ratio that noise is allowed, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +44,7 @@ class Divergence:
     @property
     def suspicious(self) -> bool:
         """Was more added here than passes for amplification?"""
-        clear = self.basis in ("noise", "expected") and self.error > _CLEAR * self.inherited
+        clear = self.basis in ("noise", "expected") and self.error > CLEAR * self.inherited
         return self.origin == "local" or clear
 
     def __str__(self) -> str:
@@ -89,12 +86,14 @@ def _beside(found: Divergence) -> str:
     return "nothing it was computed from differs"
 
 
-def divergences(pairs: Sequence[Pair], judgements: Sequence[Judgement]) -> Iterator[Divergence]:
+def divergences(
+    pairs: Sequence[Pair], judgements: Sequence[Judgement], sources: Sequence[Sources]
+) -> Iterator[Divergence]:
     """Every tensor beyond its limit, in execution order, with what its inputs explain.
 
-    A weight comes before what was made with it, also where it was recorded afterwards.
+    `sources` are what `upstream` says of the pairs. A weight comes before what was made with it,
+    also where it was recorded afterwards.
     """
-    sources = list(upstream(pairs))
     told: set[int] = set()
     for place, judgement in enumerate(judgements):
         for one in (*(late for late in sources[place].places if late > place), place):

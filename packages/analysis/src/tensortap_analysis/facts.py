@@ -1,15 +1,12 @@
-"""What two runs say about themselves, and what deserves a warning when they are compared."""
+"""What two runs say about themselves."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from tensortap.store import Run
-from tensortap_analysis.pairs import Pair
-
-_MOST_PROBLEMS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +26,16 @@ class RunFacts:
         """`runs/mxfp4 (mxfp4)`: the path, and the mode or format where it is known."""
         claim = self.mode or self.format
         return f"{self.path} ({claim})" if claim else self.path
+
+    @property
+    def claim(self) -> str:
+        """`mode 2-4 and format int8`: what it says it is."""
+        claims = (("mode", self.mode), ("format", self.format))
+        return " and ".join(f"{key} {value}" for key, value in claims if value) or "no mode"
+
+    def claims_as(self, other: RunFacts) -> bool:
+        """Do both say they are the same?"""
+        return (self.mode, self.format) == (other.mode, other.format)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON; the inverse is `from_json`."""
@@ -55,66 +62,3 @@ def facts_of(run: Run, path: str) -> RunFacts:
 
 def _text(value: object) -> str | None:
     return value if isinstance(value, str) else None
-
-
-def warnings(ref: RunFacts, run: RunFacts, pairs: Sequence[Pair]) -> Iterator[str]:
-    """Sentences, the loudest first."""
-    if not pairs:
-        yield f"{run.path} and {ref.path} have nothing in common: no tensor could be compared."
-    elif all(pair.equal for pair in pairs):
-        yield from _suspiciously_equal(ref, run, pairs)
-    yield from _different("model", ref.model, run.model)
-    if not (ref.mode == run.mode and ref.format == run.format):
-        yield f"Modes differ, as they may: {_claim(ref)} and {_claim(run)}."
-    yield from _versions(ref.versions or {}, run.versions or {})
-    for who, side in (("REF", ref), ("RUN", run)):
-        for problem in side.problems[:_MOST_PROBLEMS]:
-            yield f"{who} is incomplete: {problem}"
-        if len(side.problems) > _MOST_PROBLEMS:
-            yield f"{who}: and {len(side.problems) - _MOST_PROBLEMS} more problems."
-
-
-def _suspiciously_equal(ref: RunFacts, run: RunFacts, pairs: Sequence[Pair]) -> Iterator[str]:
-    exactly = all(pair.by == "values" for pair in pairs)
-    how = "bitwise equal" if exactly else "equal in everything that was captured"
-    if (ref.mode, ref.format) != (run.mode, run.format):
-        yield (
-            f"{ref.path} claims {_claim(ref)} and {run.path} claims {_claim(run)}, but all "
-            f"{len(pairs):,} tensors are {how}: one of them is not what it says, or the mode "
-            "does nothing here."
-        )
-
-
-def _claim(side: RunFacts) -> str:
-    claims = (("mode", side.mode), ("format", side.format))
-    return " and ".join(f"{key} {value}" for key, value in claims if value) or "no mode"
-
-
-def _different(what: str, one: str, two: str) -> Iterator[str]:
-    if one and two and one != two:
-        yield f"The {what}s differ: {one} and {two}."
-
-
-def _versions(one: Mapping[str, str], two: Mapping[str, str]) -> Iterator[str]:
-    apart = [
-        f"{key} {one[key]} and {two[key]}"
-        for key in sorted(one.keys() & two.keys())
-        if one[key] != two[key]
-    ]
-    if apart:
-        yield f"Versions differ: {', '.join(apart)}."
-
-
-def noise_warnings(ref: RunFacts, noise: RunFacts, pairs: Sequence[Pair]) -> Iterator[str]:
-    """What is wrong with a noise run; `pairs` are those of the run that is judged by it."""
-    beside = [pair for pair in pairs if pair.noise is not None]
-    if pairs and not beside:
-        yield f"The noise run {noise.path} has none of the tensors; rounding is estimated instead."
-    elif beside and all(pair.noise is not None and pair.noise.equal for pair in beside):
-        yield (
-            f"The noise run {noise.path} equals {ref.path} in every tensor: it says nothing about "
-            "noise. Only one rounding of its dtype is accepted."
-        )
-    elif len(beside) < len(pairs):
-        missing = len(pairs) - len(beside)
-        yield f"The noise run lacks {missing:,} of {len(pairs):,} tensors; theirs is estimated."

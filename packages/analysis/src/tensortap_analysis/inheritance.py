@@ -21,6 +21,8 @@ Llama models in bfloat16 were seen to amplify the error of one tensor to the nex
 """
 _MARGIN = 2.0
 """The same on top of what the layer made of the noise run's error, which went another way."""
+CLEAR = 1.5
+"""So many times the expected error is no amplification: the ratio that noise is allowed as well."""
 
 
 @dataclass(frozen=True, slots=True)
