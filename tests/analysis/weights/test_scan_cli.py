@@ -1,18 +1,26 @@
 import json
 import shutil
+from importlib.metadata import entry_points
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from tests.analysis.weights.checkpoints import safetensors_folder, small_state
 
-from tensortap.cli import main
+from tensortap.cli import app, main
 from tensortap_analysis.weights import ScanResult, Scope
+
+ONLY = [one for one in entry_points(group="tensortap.commands") if one.name == "scan"]
 
 
 @pytest.fixture
 def cli(monkeypatch, capsys):
+    # Loading and describing every installed command takes longer than a small scan.
+    monkeypatch.setattr("tensortap.cli.entry_points", lambda group: ONLY)
+    before = list(app.registered_commands)
+
     def run(*arguments):
+        monkeypatch.setattr(app, "registered_commands", list(before))
         monkeypatch.setattr("sys.argv", ["tensortap", *map(str, arguments)])
         with pytest.raises(SystemExit) as stopped:
             main()
@@ -111,6 +119,16 @@ def test_formats_can_be_chosen_and_all_singular_values_kept(cli, folder):
     assert len(layer["spectral"]["spectrum"]) == 16
 
 
+def test_a_report_for_the_browser_is_written_from_weights_and_from_a_saved_scan(
+    cli, folder, tmp_path
+):
+    report, page = tmp_path / "r.json", tmp_path / "r.html"
+    assert cli("scan", folder, "--output", report, "--html", page)[0] == 0
+    assert "histogram-0" in page.read_text()
+    assert cli("scan", "--from", report, "--html", tmp_path / "s.html")[0] == 0
+    assert "histogram-0" not in (tmp_path / "s.html").read_text()
+
+
 def test_limit_cuts_the_table_and_says_so(cli, folder):
     _, out, _ = cli("scan", folder, "--limit", "2")
     assert "… and 9 more layers: raise --limit." in out
@@ -164,6 +182,7 @@ def test_names_from_a_file_cannot_command_the_terminal(cli, tmp_path):
         (("{folder}", "--threshold", "x"), "is not NAME=VALUE"),
         (("{folder}", "--preset", "strict"), "no preset 'strict'"),
         (("{folder}", "--output", "{folder}/no/r.json"), "there is no folder"),
+        (("{folder}", "--html", "r.txt"), "a report is an HTML file"),
         (("{folder}", "--from", "r.json"), "give either it or a model"),
         (("--from", "{folder}/absent.json"), "no saved scan at"),
         (("{folder}", "{folder}"), "scan needs one model"),

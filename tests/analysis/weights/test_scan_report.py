@@ -66,7 +66,7 @@ def test_names_from_a_checkpoint_are_only_text(folder, tmp_path):
 
 
 def test_ranks_show_the_error_that_is_left_by_each(folder, tmp_path):
-    result, page = written(folder, tmp_path / "r.html")
+    _, page = written(folder, tmp_path / "r.html")
     lines = {line["name"]: line for line in blocks(page)["ranks-data"]["data"]}
     weight = Scope(folder).weights("lm_head")[0].read().double().numpy()
     s = np.linalg.svd(weight, compute_uv=False)
