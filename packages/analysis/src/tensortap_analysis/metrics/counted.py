@@ -11,33 +11,47 @@ from tensortap.native.counts import ROW_SHIFT, ROWS, CodePairs
 from tensortap.native.totals import Frame, Totals
 from tensortap_analysis.metrics.cells import Cells, Floats, Ints, add_finite, add_odd, add_ulps
 from tensortap_analysis.metrics.engines import Engine
-from tensortap_analysis.metrics.pairs import Pair
+from tensortap_analysis.metrics.pairs import BlockPair, codes_of
 from tensortap_analysis.metrics.passes import require_values
 from tensortap_analysis.metrics.report import PERCENTS, Findings, Spread
 from tensortap_analysis.metrics.selection import percentile_ranks
 
+_FEW = 1 << 14
+"""Values from which on a table of all pairs of codes is worth its size."""
 Tables = tuple[CodeTable, CodeTable]
 """What the codes of both sides are worth."""
 
 
-def tables_of(pair: Pair) -> Tables | None:
+def tables_of(pair: BlockPair) -> Tables | None:
     """What the codes of both sides are worth; `None` where one of them has wider elements."""
     one, two = (code_table(x.dtype) for x in pair)
     return None if one is None or two is None else (one, two)
 
 
-def counted(pairs: Iterable[Pair], tables: Tables, engine: Engine, values: int) -> Findings:
+def counted(pairs: Iterable[BlockPair], tables: Tables, engine: Engine, values: int) -> Findings:
     """Totals and percentiles of `values` pairs of codes, in prepared blocks; a single pass."""
+    codes, times, places = _few(pairs) if values < _FEW else _many(pairs, engine)
+    require_values(int(times.sum()), values)
+    with np.errstate(all="ignore"):
+        return _findings(codes, times, places, tables)
+
+
+def _few(pairs: Iterable[BlockPair]) -> tuple[Ints, Ints, Ints]:
+    """The pairs of codes, how often each occurs, and where first: sorted, without a table."""
+    joined = [codes_of(one).astype(np.uint16) << 8 | codes_of(two) for one, two in pairs]
+    codes, places, times = np.unique(np.concatenate(joined), return_index=True, return_counts=True)
+    return codes.astype(np.int64), times, places
+
+
+def _many(pairs: Iterable[BlockPair], engine: Engine) -> tuple[Ints, Ints, Ints]:
     found = CodePairs(engine.threads)
     for one, two in pairs:
         engine.count(one, two, found)
-    require_values(found.total, values)
     times = found.times.sum(axis=0)
     codes = np.flatnonzero(times)
     # What a thread has not seen stands after everything.
     places = np.where(found.times[:, codes], found.places[:, codes], found.total).min(axis=0)
-    with np.errstate(all="ignore"):
-        return _findings(codes, times[codes], places, tables)
+    return codes, times[codes], places
 
 
 def _findings(codes: Ints, times: Ints, places: Ints, tables: Tables) -> Findings:

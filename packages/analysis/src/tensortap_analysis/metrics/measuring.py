@@ -11,7 +11,7 @@ import torch
 from tensortap.errors import NotSupported
 from tensortap_analysis.metrics.counted import counted, tables_of
 from tensortap_analysis.metrics.engines import engine
-from tensortap_analysis.metrics.pairs import Pair, cut, prepared, value_shape
+from tensortap_analysis.metrics.pairs import BlockPair, cut, prepared, value_shape
 from tensortap_analysis.metrics.passes import Blocks, Passes
 from tensortap_analysis.metrics.report import Given, report
 from tensortap_analysis.metrics.result import Metrics
@@ -60,7 +60,7 @@ def measure(blocks: Blocks, *, shape: Sequence[int], threads: int | None = None)
     return report(found, given)
 
 
-def change(blocks: Iterable[Pair]) -> tuple[float, float]:
+def change(blocks: Iterable[BlockPair]) -> tuple[float, float]:
     """The largest and the summed |other - ref| of a pair given as blocks; NaN once one of them is.
 
     Raises `NotSupported` for blocks that do not match each other.

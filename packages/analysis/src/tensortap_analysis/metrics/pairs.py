@@ -13,7 +13,7 @@ from tensortap import stats
 from tensortap.errors import NotSupported
 from tensortap.native.codes import code_table
 
-Pair = tuple[torch.Tensor, torch.Tensor]
+BlockPair = tuple[torch.Tensor, torch.Tensor]
 
 _FP4 = getattr(torch, "float4_e2m1fn_x2", None)
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -32,7 +32,7 @@ def value_count(tensor: torch.Tensor) -> int:
     return math.prod(value_shape(tensor))
 
 
-def cut(ref: torch.Tensor, other: torch.Tensor, limit: int) -> Iterator[Pair]:
+def cut(ref: torch.Tensor, other: torch.Tensor, limit: int) -> Iterator[BlockPair]:
     """Blocks of at most `limit` values that follow each other in logical order; views."""
     if ref.is_contiguous() and other.is_contiguous():
         ref, other = ref.view(-1), other.view(-1)
@@ -48,7 +48,7 @@ def cut(ref: torch.Tensor, other: torch.Tensor, limit: int) -> Iterator[Pair]:
             yield from cut(ref[row], other[row], limit)
 
 
-def prepared(ref: torch.Tensor, other: torch.Tensor) -> Pair:
+def prepared(ref: torch.Tensor, other: torch.Tensor) -> BlockPair:
     """The block on the CPU in one dense row; complex elements are real and imaginary parts.
 
     A copy only where it has to be. Raises `NotSupported` for blocks that do not match.

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 
 from tensortap.errors import NotSupported
-from tensortap_analysis.metrics.pairs import Pair, prepared
+from tensortap_analysis.metrics.pairs import BlockPair, prepared
 
-Blocks = Callable[[], Iterable[Pair]]
+Blocks = Callable[[], Iterable[BlockPair]]
 
 
 @dataclass(slots=True)
@@ -23,9 +23,9 @@ class Passes:
 
     blocks: Blocks
     dtypes: tuple[torch.dtype, torch.dtype] | None = None
-    _only: Pair | None = field(default=None, init=False)
+    _only: BlockPair | None = field(default=None, init=False)
 
-    def __iter__(self) -> Iterator[Pair]:
+    def __iter__(self) -> Iterator[BlockPair]:
         if self._only is not None:
             yield self._only
             return

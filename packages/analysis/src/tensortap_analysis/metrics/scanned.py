@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from tensortap.native.counts import Histograms, Quest
 from tensortap.native.totals import Frame, Totals
 from tensortap_analysis.metrics.engines import Engine
-from tensortap_analysis.metrics.pairs import Pair
+from tensortap_analysis.metrics.pairs import BlockPair
 from tensortap_analysis.metrics.passes import Passes, require_values
 from tensortap_analysis.metrics.report import PERCENTS, Findings, Spread
 from tensortap_analysis.metrics.selection import Search, percentile_ranks, search
@@ -17,7 +17,7 @@ from tensortap_analysis.metrics.selection import Search, percentile_ranks, searc
 _BIG, _UNIT = 2.0**480, 2.0**600
 
 
-def scanned(begun: Iterable[Pair], passes: Passes, engine: Engine, values: int) -> Findings:
+def scanned(begun: Iterable[BlockPair], passes: Passes, engine: Engine, values: int) -> Findings:
     """Totals and percentiles of `values` pairs; `begun` is the first of the passes.
 
     Sums are taken in units that keep their squares in range, which may take a second pass.
@@ -49,7 +49,7 @@ class _Sums:
     histograms: Histograms
 
 
-def _added(pairs: Iterable[Pair], frame: Frame, engine: Engine, values: int) -> _Sums:
+def _added(pairs: Iterable[BlockPair], frame: Frame, engine: Engine, values: int) -> _Sums:
     sums = _Sums(frame, Totals.none(), Histograms(values))
     for ref, other in pairs:
         engine.add(ref, other, frame, sums.totals, sums.histograms)
