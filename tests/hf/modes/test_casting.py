@@ -58,7 +58,8 @@ def test_a_half_precision_model_goes_up_to_float32(
 
 def test_tied_weights_stay_tied(build: Any) -> None:
     model = build("gpt2")
-    with modes.apply(model, "bf16"):
+    with modes.apply(model, "bf16") as applied:
+        assert {"embed", "lm_head"} < set(applied.changes.changed)
         assert model.lm_head.weight is model.transformer.wte.weight
         assert model.lm_head.weight.dtype is torch.bfloat16
     assert model.lm_head.weight is model.transformer.wte.weight

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -221,6 +222,26 @@ def test_values_that_cannot_be_read_any_more_are_said_and_the_rest_is_compared(
     assert "layers.2/forward/output could not be compared" in errors
     [one] = json.loads(printed)["comparisons"]
     assert one["layer"]["first_mse"] > 0
+
+
+def test_what_a_killed_capture_left_is_no_mode(cli: Cli, captured: Callable[..., Path]) -> None:
+    out = captured("fp32,int8", LLAMA)
+    shutil.copytree(out / "fp32", out / ".mxfp4.partial")
+    code, printed, _ = cli("modes", "compare", out, "--json")
+    assert code == 0
+    assert [one["mode"] for one in json.loads(printed)["comparisons"]] == ["int8"]
+
+
+def test_infinities_are_compared_and_told_as_plain_json(
+    cli: Cli, captured: Callable[..., Path], new_family: Any
+) -> None:
+    new_family("shifts", shifting("nan", "shifts", float("nan")), shifting("one", "shifts", 1))
+    out = captured("one,nan", LLAMA)
+    code, printed, _ = cli("modes", "compare", out, "--reference", "one")
+    assert code == 0
+    assert "NaN or infinity on one side only" in printed
+    text = (out / "comparisons" / "summary.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)
 
 
 def test_a_declared_equality_that_fails_exits_1(

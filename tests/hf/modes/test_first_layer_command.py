@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.hf.modes.conftest import LLAMA, MAMBA
+from tests.hf.modes.conftest import LLAMA, MAMBA, shifting
 
 from tensortap_hf import modes
 from tensortap_hf.command import models
@@ -87,6 +87,34 @@ def test_it_prints_both_sides_of_every_mode(cli: Cli, shape: Shape, tmp_path: Pa
         assert word in printed
     assert (tmp_path / "first.npz").exists()
     assert (tmp_path / "first_stats.json").exists()
+
+
+def test_values_that_are_not_finite_are_printed_and_kept_as_they_are(
+    cli: Cli, shape: Shape, tmp_path: Path, new_family: Any
+) -> None:
+    new_family("shifts", shifting("nan", "shifts", float("nan")))
+    output = tmp_path / "first.npz"
+    code, printed, _ = cli(
+        "modes", "first-layer", "--random-init", shape(LLAMA), "--modes", "nan", "--seq-len", 4,
+        "--output-file", output,
+    )  # fmt: skip
+    assert code == 0
+    assert "mean -, std -, range [-, -]" in printed
+    text = (tmp_path / "first_stats.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["modes"]["nan"]["input"]["mean"] is None
+    with np.load(output, allow_pickle=False) as values:
+        assert np.isnan(values["mode_nan_input"]).all()
+
+
+def test_the_encoder_is_what_comes_first(build: Any, cli: Cli, tmp_path: Path) -> None:
+    build("t5").save_pretrained(tmp_path / "model")
+    code, _, _ = cli(
+        "modes", "first-layer", tmp_path / "model", "--modes", "fp32", "--seq-len", 4,
+        "--output-file", tmp_path / "first.npz",
+    )  # fmt: skip
+    assert code == 0
+    stats = json.loads((tmp_path / "first_stats.json").read_text())
+    assert stats["tensors"]["fp32"][0] == "encoder.layers.0/forward/input"
 
 
 def test_files_that_are_there_are_kept(cli: Cli, shape: Shape, tmp_path: Path) -> None:

@@ -115,14 +115,12 @@ def _print(seen: Sequence[layout.FirstLayer], output: Path) -> None:
         printing.say(f"mode {one.mode}")
         for word, stats in layout.described(one).items():
             printing.say(f"  {word.upper()}  {_line(stats)}")
-            first = ", ".join(f"{value:.6g}" for value in stats["first_10"])
-            printing.say(f"    first {len(stats['first_10'])}: {first}")
+            first = [printing.cell(value) for value in stats["first_10"]]
+            printing.say(f"    first {len(first)}: {', '.join(first)}")
     if seen:
         printing.say(f"{output}: {len(seen)} modes, {', '.join(seen[0].tensors)}")
 
 
 def _line(stats: dict[str, Any]) -> str:
-    return (
-        f"shape {stats['shape']}, mean {stats['mean']:.6g}, std {stats['std']:.6g}, "
-        f"range [{stats['min']:.6g}, {stats['max']:.6g}]"
-    )
+    mean, std, low, high = (printing.cell(stats[key]) for key in ("mean", "std", "min", "max"))
+    return f"shape {stats['shape']}, mean {mean}, std {std}, range [{low}, {high}]"

@@ -63,10 +63,10 @@ def say_table(headings: Sequence[str], rows: Sequence[Sequence[object]], title: 
 
 
 def cell(value: object) -> str:
-    """A value as people read it: four digits, `-` for what there is none of."""
+    """A value as people read it: six digits, `-` for what there is none of."""
     if value is None:
         return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 @contextmanager

@@ -63,7 +63,8 @@ def opened(folder: Path, names: Iterable[str] | None = None) -> Iterator[list[Mo
 
     With `names`, only the runs in folders of these names.
     """
-    found = sorted(path.parent for path in folder.glob(f"*/{RUN}"))
+    # A capture that was killed leaves a folder whose name begins with a dot.
+    found = sorted(path.parent for path in folder.glob(f"[!.]*/{RUN}"))
     wanted = [path for path in found if names is None or path.name in names]
     if not wanted:
         raise RunError(f"{folder} holds no runs of modes; `{COMMAND} … --out {folder}` makes them.")

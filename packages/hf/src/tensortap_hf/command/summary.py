@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from tensortap.records import encode_float
 from tensortap_hf.command.printing import cell
 
 if TYPE_CHECKING:
@@ -76,7 +77,14 @@ def tables(
 
 def rows_json(found: Comparison) -> dict[str, Any]:
     """The same rows as plain JSON: `{"layer": {...}, "mixer": {...}}`."""
-    return {kind: _row(found, kind) for kind in _KINDS}
+    return {kind: _plain(_row(found, kind)) for kind in _KINDS}
+
+
+def _plain(row: dict[str, Any] | None) -> dict[str, Any] | None:
+    """JSON has no infinities: they become strings."""
+    if row is None:
+        return None
+    return {key: encode_float(x) if isinstance(x, float) else x for key, x in row.items()}
 
 
 def _row(found: Comparison, kind: str) -> dict[str, Any] | None:

@@ -64,10 +64,11 @@ class About:
 
 def choose(names: Sequence[str]) -> tuple[str, str]:
     """Names of the input of the first layer, and of the output that goes with it."""
-    layers = [(int(m["number"]), m["layer"]) for name in names if (m := _LAYER.fullmatch(name))]
-    if not layers:
+    found = [match for name in names if (match := _LAYER.fullmatch(name))]
+    if not found:
         raise RunError("No tensor of a layer was captured.")
-    first = min(layers)[1]
+    # An encoder runs before the decoder beside it.
+    first = min(found, key=lambda m: (int(m["number"]), "decoder" in m["layer"]))["layer"]
     mixer = f"{first}.mixer/forward/output"
     return f"{first}/forward/input", mixer if mixer in names else f"{first}/forward/output"
 

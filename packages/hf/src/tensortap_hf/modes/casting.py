@@ -23,6 +23,7 @@ def cast(model: nn.Module, undo: Undo, dtype: torch.dtype) -> Changes:
     as transformers loads them. Gradients are put away until the undo, they have the old dtype.
     """
     changed, kept, names = [], {}, _names(model)
+    done: set[int] = set()
     stay = _stay(model, dtype)
     for path, module in model.named_modules():
         name = names.get(module, path)
@@ -32,6 +33,8 @@ def cast(model: nn.Module, undo: Undo, dtype: torch.dtype) -> Changes:
                 kept[name] = KEPT
             if tensor.dtype is not wanted:
                 _cast(tensor, undo, wanted)
+                done.add(id(tensor))
+            if id(tensor) in done:  # Also where a tied weight is met again.
                 changed.append(name)
     for outermost in integration.pretrained(model):
         # Caches, masks and casts inside of some models follow it.
