@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from tensortap.cli import main
+from tensortap.cli import app, main
 from tensortap_hf.modes import Changes, Family, Mode, families, register, register_family, registry
 
 
@@ -63,10 +64,16 @@ def logits() -> Callable[[nn.Module], torch.Tensor]:
 
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
-    """Run `tensortap modes ARGS`; returns (exit code, stdout, stderr)."""
+    """Run `tensortap ARGS`; returns (exit code, stdout, stderr)."""
+    plugins = {entry.name for entry in entry_points(group="tensortap.commands")}
+    own_commands = [one for one in app.registered_commands if one.name not in plugins]
+    own_groups = [one for one in app.registered_groups if one.name not in plugins]
 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["tensortap", *map(str, arguments)])
+        # In a process of its own the commands of plugins are added once.
+        monkeypatch.setattr(app, "registered_commands", list(own_commands))
+        monkeypatch.setattr(app, "registered_groups", list(own_groups))
         with pytest.raises(SystemExit) as stopped:
             main()
         printed = capsys.readouterr()
