@@ -6,7 +6,8 @@ unrelated matrices and for one that only turned; `default` looks at the change i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tensortap.errors import ConfigError, nearest
@@ -20,10 +21,12 @@ LIMITS: Mapping[str, Limits] = {
     "classic": {"explosion": 10.0, "ratio": 2.0, "condition_growth": 100.0, "stall": 0.01},
     "default": {
         "explosion": 10.0, "ratio": 2.0, "condition_growth": 100.0, "rank_ratio": 0.5,
-        "cosine": 0.5, "row_change": 10.0, "stall": 1e-6, "lost_updates": 0.99,
+        "cosine": 0.5, "row_change": 10.0, "peers": 10.0, "stall": 1e-6, "lost_updates": 0.99,
     },
 }  # fmt: skip
 _STOP = "Stop, go back to the checkpoint before, lower the learning rate tenfold, clip gradients."
+_FEWEST = 4
+"""Matrices, below which there is no saying what is usual."""
 _WATCH = "Watch the learning rate and the gradient norm of these steps."
 
 
@@ -35,7 +38,53 @@ def alerts(drift: Drift, preset: str = "default", thresholds: Limits | None = No
     limits = _limits(preset, thresholds or {})
     rules = _classic if preset == "classic" else _default
     found = [issue for layer, row in drift.layers.items() for issue in rules(layer, row, limits)]
+    if "peers" in limits:
+        told = {issue.layer for issue in found if issue.severity != "info"}
+        apart = _among_peers(drift.layers, limits["peers"])
+        found += [issue for issue in apart if issue.layer not in told]
+    return _ranked(found)
+
+
+def overall_alerts(
+    steps: Sequence[Drift], preset: str = "default", thresholds: Limits | None = None
+) -> list[Issue]:
+    """Norms that grew or vanished over all steps together, each of which may look harmless."""
+    limits = _limits(preset, thresholds or {})
+    found: list[Issue] = []
+    for layer in dict.fromkeys(layer for step in steps for layer in step.layers):
+        rows = [step.layers[layer] for step in steps if layer in step.layers]
+        ratio = _over_all(rows)
+        found += _explosion(layer, ratio, limits, vanishing="critical")
+    return _ranked(found)
+
+
+def _over_all(rows: Sequence[Row]) -> float | None:
+    """The last norm over the first, where there is more than one step."""
+    first, last = rows[0]["l2_before"], rows[-1]["l2_after"]
+    return last / first if len(rows) > 1 and first and last is not None else None
+
+
+def _ranked(found: list[Issue]) -> list[Issue]:
     return sorted(found, key=lambda issue: (SEVERITIES.index(issue.severity), -issue.excess))
+
+
+def _among_peers(layers: Mapping[str, Row], limit: float) -> Iterator[Issue]:
+    """Matrices that changed many times as much as most others in the same step."""
+    changes = {
+        layer: row["relative_change"]
+        for layer, row in layers.items()
+        if row["kind"] != "vector" and row["relative_change"]
+    }
+    if len(changes) < _FEWEST:
+        return
+    median = statistics.median(changes.values())
+    for layer, change in changes.items():
+        if change > limit * median:
+            cause = (
+                f"It changed by {change:.3g} of its norm, {change / median:.3g} times the median."
+            )
+            yield Issue(layer, "peers", "warning", cause, _WATCH, change, limit * median,
+                        change / (limit * median))  # fmt: skip
 
 
 def _limits(preset: str, thresholds: Limits) -> Limits:

@@ -1,0 +1,135 @@
+"""`tensortap diff-weights`: what changed between checkpoints."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from tensortap.errors import ConfigError
+from tensortap.tables import print_whole
+from tensortap_analysis.weights.command.arguments import (
+    byte_progress,
+    check_fail_on,
+    limits_of,
+    workers_of,
+)
+from tensortap_analysis.weights.command.tables import shown, skipped_lines
+from tensortap_analysis.weights.drift.alerts import alerts, overall_alerts
+from tensortap_analysis.weights.drift.tables import alert_lines, change_table, trend_table
+from tensortap_analysis.weights.drift.tracking import Drift, track
+from tensortap_analysis.weights.health import SEVERITIES, Issue
+from tensortap_analysis.weights.result import encoded
+from tensortap_analysis.weights.scope import Scope
+
+
+def diff_weights(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="A B [C…]", help="Checkpoints in order; each as tensortap scan takes them."
+        ),
+    ],
+    select: Annotated[str, typer.Option(help="Layers: globs with commas, ! excludes.")] = "*",
+    parallel: Annotated[
+        bool, typer.Option("--parallel", help="Use every core, or as many as: --parallel 4.")
+    ] = False,
+    spectral: Annotated[
+        bool, typer.Option(help="Also compare spectra, which takes most of the time.")
+    ] = True,
+    preset: Annotated[str, typer.Option(help="What is odd: default or classic.")] = "default",
+    threshold: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="Replace a limit: explosion=5."),
+    ] = None,
+    fail_on: Annotated[
+        str | None, typer.Option(help="Exit 1 on an alert of critical, warning or info.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the drift to this .png file.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Save everything to this .json file.")] = None,
+    limit: Annotated[int, typer.Option(min=0, help="Lines to print; 0 prints all.")] = 60,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Compare checkpoints of one model, each with the one before: how far every weight went.
+
+    The change is ||after - before|| / ||before||; alerts say what exploded, collapsed or stalled.
+    Exit code: 0 compared, 1 an alert of the severity that --fail-on names, 2 it could not be done.
+    """
+    limits = limits_of(threshold)
+    check_fail_on(fail_on)
+    if plot is not None and plot.suffix != ".png":
+        raise ConfigError(f"--plot {plot}: the file must end in .png.")
+    words, workers = workers_of(models, parallel)
+    if len(words) < 2:
+        raise ConfigError("diff-weights needs two checkpoints: tensortap diff-weights A B.")
+    with byte_progress("comparing") as progress:
+        steps = track(
+            [Scope(word) for word in words], select=select, parallel=workers, spectral=spectral,
+            progress=progress,
+        )  # fmt: skip
+    issues = [alerts(step, preset, limits) for step in steps]
+    issues.append(overall_alerts(steps, preset, limits))
+    _write(steps, issues, plot, output)
+    if as_json:
+        sys.stdout.write(json.dumps(_document(steps, issues), indent=1) + "\n")
+    else:
+        _print(steps, issues, limit)
+    raise typer.Exit(1 if _failed(issues, fail_on) else 0)
+
+
+def _failed(issues: Sequence[Sequence[Issue]], fail_on: str | None) -> bool:
+    severe = [] if fail_on is None else SEVERITIES[: SEVERITIES.index(fail_on) + 1]
+    return any(issue.severity in severe for some in issues for issue in some)
+
+
+def _document(steps: Sequence[Drift], issues: Sequence[Sequence[Issue]]) -> dict[str, Any]:
+    """`issues` of each step, and last those over all of them."""
+    return {
+        "steps": [
+            step.to_json() | {"alerts": [encoded(asdict(issue)) for issue in some]}
+            for step, some in zip(steps, issues[:-1], strict=True)
+        ],
+        "overall": [encoded(asdict(issue)) for issue in issues[-1]],
+    }
+
+
+def _write(
+    steps: Sequence[Drift],
+    issues: Sequence[Sequence[Issue]],
+    plot: Path | None,
+    output: Path | None,
+) -> None:
+    if output is not None:
+        text = json.dumps(_document(steps, issues), indent=1, allow_nan=False)
+        output.write_text(text + "\n", encoding="utf-8")
+    if plot is not None:
+        from tensortap_analysis.weights.drift.plot import draw_drift
+
+        draw_drift(steps, plot)
+
+
+def _print(steps: Sequence[Drift], issues: Sequence[Sequence[Issue]], limit: int) -> None:
+    console = Console(soft_wrap=True, highlight=False)
+    many = len(steps) > 1
+    print_whole(trend_table(steps, limit) if many else change_table(steps[0], limit), console)
+    count = len(dict.fromkeys(layer for step in steps for layer in step.layers))
+    if limit and count > limit:
+        console.print(f"… and {count - limit:,} more weights: raise --limit.")
+    for at, (step, some) in enumerate(zip(steps, issues[:-1], strict=True)):
+        number = f"{at + 1}: " if many else ""
+        found = f"{len(some):,} alerts" if some else "nothing odd"
+        console.print(f"{number}[bold]{shown(step.before)} → {shown(step.after)}[/]: {found}")
+        for line in alert_lines(some, limit):
+            console.print(line)
+        for line in skipped_lines(step.skipped):
+            console.print(line, style="dim")
+    if issues[-1]:
+        console.print("[bold]over all steps[/]")
+        for line in alert_lines(issues[-1], limit):
+            console.print(line)

@@ -1,0 +1,122 @@
+"""tensortap diff-weights, as it is typed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from matplotlib.image import imread
+from safetensors.torch import save_file
+
+from tensortap.cli import main
+
+Cli = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["tensortap", "diff-weights", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        printed = capsys.readouterr()
+        assert "Traceback" not in printed.out + printed.err
+        return int(stopped.value.code or 0), printed.out, printed.err
+
+    return run
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> list[Path]:
+    """Four steps; the second layer grows by 1.7 at each, the others move a little."""
+    weights = {f"model.layers.{at}.mlp.up_proj.weight": torch.randn(24, 16) for at in range(5)}
+    weights["model.norm.weight"] = torch.ones(16)
+    paths = []
+    for step in range(4):
+        paths.append(tmp_path / f"step{step}.safetensors")
+        save_file(weights, paths[-1])
+        weights = {name: w + 0.01 * torch.randn_like(w) for name, w in weights.items()}
+        weights["model.layers.1.mlp.up_proj.weight"] *= 1.7
+    return paths
+
+
+def test_two_checkpoints_are_a_row_a_layer(cli: Cli, checkpoints: list[Path]) -> None:
+    code, out, _ = cli(*checkpoints[:2])
+    assert code == 0
+    rows = {line.split()[0]: line.split() for line in out.splitlines() if line.startswith(" ")}
+    assert rows["model.layers.1.mlp.up_proj"][1:3] == ["24x16", "70.0%"]
+    assert rows["model.norm"][1] == "16"
+    assert "1 alerts" in out
+    assert "warning model.layers.1.mlp.up_proj It changed by 0.7 of its norm" in out
+
+
+def test_many_checkpoints_are_a_trend_with_what_only_the_whole_shows(
+    cli: Cli, checkpoints: list[Path]
+) -> None:
+    code, out, _ = cli(*checkpoints, "--parallel", "2")
+    assert code == 0
+    row = next(line for line in out.splitlines() if "layers.1.mlp" in line).split()
+    assert row[1:4] == ["70.0%", "70.0%", "70.0%"]
+    assert float(row[4]) == pytest.approx(1.7**3, rel=0.01)
+    over_all = out.split("over all steps")[1]
+    assert "model.layers.1.mlp.up_proj Its norm is 4.91 times what it was" in over_all
+
+
+def test_json_and_the_saved_file_hold_everything(
+    cli: Cli, checkpoints: list[Path], tmp_path: Path
+) -> None:
+    saved = tmp_path / "drift.json"
+    _, out, _ = cli(*checkpoints, "--json", "--output", saved)
+    document = json.loads(out)
+    assert document == json.loads(saved.read_text())
+    assert len(document["steps"]) == 3
+    found = document["steps"][0]["layer_comparisons"]["model.layers.1.mlp.up_proj"]
+    assert found["l2_norm_ratio"] == pytest.approx(1.7, rel=1e-3)
+    assert [issue["rule"] for issue in document["steps"][0]["alerts"]] == ["peers"]
+    assert [issue["rule"] for issue in document["overall"]] == ["explosion"]
+
+
+def test_the_exit_code_is_one_where_it_was_asked_for(cli: Cli, checkpoints: list[Path]) -> None:
+    assert cli(*checkpoints[:2], "--fail-on", "warning")[0] == 1
+    assert cli(*checkpoints[:2], "--fail-on", "critical")[0] == 0
+    strict = ("--fail-on", "critical", "--threshold", "explosion=1.5", "--threshold", "ratio=1.2")
+    assert cli(*checkpoints[:2], *strict)[0] == 1
+    assert cli(*checkpoints[:2], "--threshold", "peers=1000", "--fail-on", "info")[0] == 0
+
+
+def test_spectra_can_be_left_out(cli: Cli, checkpoints: list[Path]) -> None:
+    with_spectra, without = (cli(*checkpoints[:2], word)[1] for word in
+                             ("--spectral", "--no-spectral"))  # fmt: skip
+    assert "spectral ratio" in with_spectra
+    assert "spectral ratio" not in without
+
+
+def test_the_picture_is_drawn(cli: Cli, checkpoints: list[Path], tmp_path: Path) -> None:
+    for count, words in ((4, ()), (2, ("--no-spectral",))):
+        path = tmp_path / f"{count}.png"
+        assert cli(*checkpoints[:count], "--plot", path, *words)[0] == 0
+        picture = imread(path)
+        assert picture.shape[0] > 300
+        assert picture[..., :3].std() > 0.02
+
+
+def test_what_is_typed_wrongly_is_one_line(
+    cli: Cli, checkpoints: list[Path], tmp_path: Path
+) -> None:
+    one, two = checkpoints[:2]
+    for words, said in (
+        ((one,), "needs two checkpoints"),
+        ((one, tmp_path / "none"), "no file or folder"),
+        ((one, two, "--plot", "drift.jpg"), "must end in .png"),
+        ((one, two, "--fail-on", "bad"), "none of critical, warning, info"),
+        ((one, two, "--threshold", "explosion"), "NAME=VALUE"),
+        ((one, two, "--threshold", "boom=2"), "no threshold 'boom'"),
+        ((one, two, "--preset", "old"), "no preset 'old'"),
+        ((one, two, "--select", "nothing.*"), "nothing.*"),
+    ):
+        code, out, err = cli(*words)
+        assert (code, out) == (2, "")
+        assert said in " ".join(err.split())
