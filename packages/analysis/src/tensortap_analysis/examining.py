@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 
@@ -104,7 +105,7 @@ def blocks(
 
 
 def _half(tensor: LogicalTensor) -> Half:
-    return Half(tensor.shape, str(tensor.dtype).removeprefix("torch."), tensor.dims)
+    return _alike(tensor.shape, str(tensor.dtype).removeprefix("torch."), tensor.dims)
 
 
 def _sample(match: Match, order: int, ref: Catalogue, other: Catalogue) -> Pair | None:
@@ -144,8 +145,9 @@ def _statistics(match: Match, order: int, ref: Catalogue, other: Catalogue, bloc
 def _described(side: Catalogue, moment: Moment, block: int) -> tuple[Half, Merged]:
     """The statistics of the logical tensor, merged from its pieces or computed from its values."""
     captured = side.moments[moment]
+    records = captured.records()
     try:
-        return _half_of(captured.first()), merged(captured)
+        return _half_of(records[0]), merged(captured, records)
     except NotComparable:
         if captured.values != "full":
             raise
@@ -163,4 +165,10 @@ def _half_of(record: TensorRecord) -> Half:
     shape = record.placement.logical_shape if record.placement is not None else ()
     if math.prod(shape) < math.prod(record.shape):
         shape = record.shape
-    return Half(tuple(shape), record.dtype, record.dims)
+    return _alike(tuple(shape), record.dtype, record.dims)
+
+
+@lru_cache(maxsize=4096)
+def _alike(shape: tuple[int, ...], dtype: str, dims: str | None) -> Half:
+    """One for all tensors that look alike: a run may have a hundred thousand."""
+    return Half(shape, dtype, dims)

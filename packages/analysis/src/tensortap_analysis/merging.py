@@ -26,13 +26,12 @@ class Merged:
     held: Held = ()
 
 
-def merged(found: Captured) -> Merged:
-    """The statistics of what was captured; raises `NotComparable` where pieces do not tell them.
+def merged(found: Captured, records: Sequence[TensorRecord]) -> Merged:
+    """The statistics of a tensor from the records of its pieces.
 
-    Copies of a piece count once, and must say the same. The leading values are kept where one
+    Raises `NotComparable` where those do not tell them. Copies of a piece count once, and must say the same. The leading values are kept where one
     piece is the whole.
     """
-    records = found.records()
     for record in records:
         _require_countable(record, found)
     distinct: dict[Held, list[TensorRecord]] = {}
