@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 from tensortap import formats as known
 from tensortap.errors import ConfigError
 from tensortap.tables import print_whole
+from tensortap_analysis.weights.command.arguments import (
+    byte_progress,
+    check_fail_on,
+    limits_of,
+    workers_of,
+)
 from tensortap_analysis.weights.command.recommending import KINDS, Advice, advice
 from tensortap_analysis.weights.command.tables import (
     document,
@@ -37,8 +33,6 @@ from tensortap_analysis.weights.recommend.compressing import ERROR
 from tensortap_analysis.weights.recommend.quantizing import SQNR_DB
 from tensortap_analysis.weights.result import ScanResult
 from tensortap_analysis.weights.scope import Scope
-
-_err = Console(stderr=True)
 
 
 def scan(
@@ -101,16 +95,15 @@ def scan(
     It needs no model code and no data, and holds a few tensors at a time. Exit code: 0 scanned,
     1 an issue of the severity that --fail-on names, 2 it could not be done.
     """
-    limits = dict(_limit(text) for text in threshold or ())
+    limits = limits_of(threshold)
     if recommend is not None and recommend not in KINDS:
         raise ConfigError(f"--recommend {recommend} is none of {', '.join(KINDS)}.")
-    if fail_on is not None and fail_on not in SEVERITIES:
-        raise ConfigError(f"--fail-on {fail_on} is none of {', '.join(SEVERITIES)}.")
+    check_fail_on(fail_on)
     if html is not None:
         from tensortap_analysis.weights.report.page import target
 
         target(html)
-    words, workers = _workers(model or [], parallel)
+    words, workers = workers_of(model or [], parallel)
     if saved is not None:
         scope, result = None, _loaded(saved, words)
     else:
@@ -133,24 +126,6 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
-def _limit(text: str) -> tuple[str, float]:
-    name, _, value = text.partition("=")
-    try:
-        return name.strip(), float(value)
-    except ValueError:
-        raise ConfigError(
-            f"--threshold {text} is not NAME=VALUE, for example sqnr_warning=25."
-        ) from None
-
-
-def _workers(words: list[str], parallel: bool) -> tuple[list[str], bool | int]:
-    """`--parallel` may be followed by a number, which then stands among the arguments."""
-    numbers = [word for word in words if word.isdecimal()]
-    if not parallel or len(words) < 2 or len(numbers) != 1:
-        return words, parallel
-    return [word for word in words if word not in numbers], int(numbers[0])
-
-
 def _loaded(saved: Path, words: list[str]) -> ScanResult:
     if words:
         raise ConfigError("--from shows what was saved; give either it or a model, not both.")
@@ -171,7 +146,7 @@ def _scanned(
     options: Options,
     output: Path | None,
 ) -> ScanResult:
-    with _progress() as progress:
+    with byte_progress("scanning") as progress:
         return scope.scan(
             methods,
             select=select,
@@ -203,17 +178,6 @@ def _recommend(found: Advice, as_json: bool) -> None:
 
 def _say(content: object) -> None:
     sys.stdout.write(json.dumps(content, indent=1) + "\n")
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=_err, transient=True) as progress:
-        task = progress.add_task("scanning", total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def _print(result: ScanResult, found: Health, limit: int, health_only: bool) -> None:
