@@ -29,8 +29,8 @@ class Merged:
 def merged(found: Captured, records: Sequence[TensorRecord]) -> Merged:
     """The statistics of a tensor from the records of its pieces.
 
-    Raises `NotComparable` where those do not tell them. Copies of a piece count once, and must say the same. The leading values are kept where one
-    piece is the whole.
+    Raises `NotComparable` where those do not tell them. Copies of a piece count once, and must
+    say the same. The leading values are kept where one piece is the whole.
     """
     for record in records:
         _require_countable(record, found)
