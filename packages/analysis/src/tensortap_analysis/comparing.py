@@ -41,9 +41,9 @@ def compare(
     A run is a directory, an open `Run`, or a folder in any layout that can be imported. `noise` is
     a second reference whose difference from `ref` must be accepted (the same in bf16 on a trusted
     device, or a repeat with another seed). `preset` and `thresholds` judge; what was measured does
-    not depend on them. `block` elements of each side are in memory at once, of the tensors that
-    torch's threads compare at the same time together. Raises `RunError`
-    where a run cannot be opened, `SelectionError` and `ConfigError` for what cannot be asked.
+    not depend on them. `block` elements of each side are in memory at once, shared by the tensors
+    that are compared at the same time, on torch's threads. Raises `RunError` where a run cannot
+    be opened, `SelectionError` and `ConfigError` for what cannot be asked.
     """
     if not runs:
         raise ConfigError("compare needs a reference and at least one run.")
