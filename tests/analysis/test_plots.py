@@ -11,13 +11,17 @@ import pytest
 import torch
 from PIL import Image
 from tests.analysis.test_whatif import write_run
+from tests.core.store.building import record
+from tests.core.store.building import write_run as write_rows
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tensortap
-from tensortap import open_run
+from tensortap import Part, Placement, open_run
 from tensortap.names import TensorName
 from tensortap.stats import statistics
 from tensortap_analysis.plots import attention, gradients
+from tensortap_analysis.plots.against import draw_errors
+from tensortap_analysis.plots.drawing import Drawing
 from tensortap_analysis.plots.files import picture
 from tensortap_analysis.plots.gallery import plot
 from tensortap_analysis.plots.quick import Magnitudes
@@ -365,9 +369,49 @@ def test_against_a_run_with_nothing_in_common_the_rest_is_drawn(cli, runs, tmp_p
         "plot", runs / "full", "--against", other, "--out", out, "--worst", 1
     )
     assert (code, error.strip()) == (0, "")
-    assert "has no such tensor" in printed
-    assert "no tensor has values in both runs" in printed
+    assert f"nothing in common with {other}" in printed
     assert (out / "quick_analysis.png").exists()
+
+
+def test_statistics_against_statistics_are_compared_as_far_as_they_say(cli, tmp_path):
+    torch.manual_seed(0)
+    tensors = {f"layers.{n}/forward/output": torch.randn(40, 4) for n in range(3)}
+    ref = write_run(tmp_path / "ref", tensors, values="stats")
+    other = {name: x * (1 + 0.1 * ("2" in name)) for name, x in tensors.items()}
+    run = write_run(tmp_path / "run", other, values="stats")
+    with open_run(run) as one, open_run(ref) as two:
+        done = plot(one, tmp_path / "out", against=two)
+        found = draw_errors(
+            Drawing(one, "run", survey(one), at_moments(one, latest(survey(one))), tmp_path / "e",
+                    lambda what: None), two,
+        )  # fmt: skip
+    assert done.failed == []
+    assert (tmp_path / "out" / "comparisons" / "overview.png") in done.files
+    assert [round(error, 3) for error in found.values()] == [0.0, 0.0, 0.1]
+
+
+def test_fused_tensors_meet_split_ones_and_shapes_that_do_not_match_are_said(tmp_path):
+    torch.manual_seed(0)
+    out = "layers.0.attn.{}/forward/output"
+    fused, mlp = torch.randn(5, 24), "layers.0.mlp.up/forward/output"
+    parts = tuple(Part(f"layers.0.attn.{w}", 1, ((8 * n, 8),)) for n, w in enumerate("qkv"))
+    rows = [
+        (record(out.format("qkv"), fused, 0, placement=Placement((5, 24), parts=parts),
+                stats=statistics(fused)), fused),
+        (record(mlp, fused, 1, stats=statistics(fused)), fused),
+    ]  # fmt: skip
+    split = {out.format(w): fused[:, 8 * n : 8 * n + 8] for n, w in enumerate("qkv")}
+    split = {name: x.clone() for name, x in split.items()} | {mlp: torch.randn(5, 7)}
+    split[out.format("k")] *= 1.25
+    one, two = write_rows(tmp_path / "fused", rows), write_run(tmp_path / "split", split)
+    for run_path, ref_path in ((one, two), (two, one)):
+        folder = tmp_path / f"{run_path.name}_out"
+        with open_run(run_path) as run, open_run(ref_path) as ref:
+            done = plot(run, folder, against=ref)
+        assert done.failed == []
+        assert any(line.startswith(f"{mlp}: shapes") for line in done.left_out)
+        drawn = {path.name.partition("__")[0] for path in (folder / "comparisons").iterdir()}
+        assert drawn == {"overview.png", *(f"layers.0.attn.{word}" for word in "qkv")}
 
 
 def test_where_a_nan_began_is_drawn_and_what_is_nothing_else_is_only_said(cli, tmp_path):

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tensortap.errors import RunError
 from tensortap_analysis.alignment import align
 from tensortap_analysis.moments import Captured
 from tensortap_analysis.plots.samples import numbers, ordinal, wide
 from tensortap_analysis.plots.style import Floats
+from tensortap_analysis.reasons import NotComparable
 
 _BOX = 1 << 20
 
@@ -50,11 +50,11 @@ class Pair:
 
 
 def pair(ref: Captured, run: Captured, limit: int) -> Pair:
-    """At most about `limit` values; raises `RunError` where the two do not line up."""
+    """At most about `limit` values; raises `NotComparable` where the two do not line up."""
     one, two = ref.open(), run.open()
     aligned = align(one.shape, one.dims, two.shape, two.dims)
     if isinstance(aligned, str):
-        raise RunError(f"{ref.name}: {aligned}.")
+        raise NotComparable(aligned, "mismatch")
     count = math.prod(one.shape)
     every = max(1, -(-count // limit))
     found: list[tuple[Floats, Floats]] = []

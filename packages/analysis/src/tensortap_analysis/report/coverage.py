@@ -41,5 +41,8 @@ def _run(view: View) -> Html:
 
 
 def _state(view: View) -> Html:
-    word = "incomplete" if view.problems else "complete"
-    return tag("span", word, class_=f"badge {'bad' if view.problems else 'good'}")
+    if view.problems:
+        return tag("span", "incomplete", class_="badge bad")
+    if not view.coverage:
+        return tag("span", "coverage not known", class_="badge")
+    return tag("span", "complete", class_="badge good")

@@ -43,7 +43,8 @@ def figure(traces: Iterable[Any], x: str, y: str, *, height: int = 380, **layout
         "xaxis": {"title": {"text": x}, "automargin": True} | layout.pop("xaxis", {}),
         "yaxis": {"title": {"text": y}, "automargin": True} | layout.pop("yaxis", {}),
     }
-    legend = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
+    # Below the axis: above the drawing it would run under the buttons.
+    legend = {"orientation": "h", "y": -0.22, "yanchor": "top", "x": 0}
     margin = {"l": 60, "r": 20, "t": 30, "b": 50}
     return go.Figure(
         list(traces),
@@ -62,7 +63,9 @@ def logarithmic(values: Iterable[float]) -> dict[str, Any]:
         low, high = min(logs), max(logs)
         room = max(0.05 * (high - low), (1 - (high - low)) / 2, 0.1)
         axis |= {"range": [low - room, high + room]}
-        axis["dtick"] = max(1, math.ceil((high - low) / 8))
+        wide = high - low + 2 * room
+        # "D2" labels 2 and 5 as well: less than two decades would have a single number.
+        axis["dtick"] = "D2" if wide < 2 else max(1, math.ceil((high - low) / 8))
     return axis
 
 
@@ -84,8 +87,8 @@ def drawn(values: Sequence[float], infinity: float) -> list[float | None]:
 
 
 def hover(words: Iterable[str]) -> list[str]:
-    """Texts of marks; plotly reads tags and entities, so names are escaped."""
-    return [str(text(word)).replace("\n", "<br>") for word in words]
+    """Texts of marks, escaped: plotly reads tags and entities, but not that of a quote."""
+    return [str(text(word, quote=False)).replace("\n", "<br>") for word in words]
 
 
 def short(value: float | None) -> str:

@@ -20,10 +20,13 @@ class Html(str):
     __slots__ = ()
 
 
-def text(value: object) -> Html:
-    """Text for element content and attributes; control and direction characters are shown."""
+def text(value: object, *, quote: bool = True) -> Html:
+    """Text for element content and attributes; control and direction characters are shown.
+
+    Without `quote` it is for content alone.
+    """
     shown = _UNPRINTABLE.sub(lambda found: f"\\x{ord(found.group()):02x}", str(value))
-    return Html(html.escape(shown, quote=True))
+    return Html(html.escape(shown, quote=quote))
 
 
 def tag(name: str, *children: str, **attributes: str) -> Html:

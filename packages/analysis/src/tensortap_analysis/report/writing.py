@@ -114,5 +114,13 @@ def _missing(views: list[View], found: Comparison | None) -> tuple[str, ...]:
     lines = [f"{one.label} is incomplete: {why}" for one in views for why in one.problems]
     for run in found.runs if found is not None else ():
         if run.verdict == "incomparable":
-            lines.append(f"{run.run.path} could not be compared: nothing in common.")
+            shared = any(one.where == "both" for one in run.unpaired)
+            why = "" if shared else ": nothing in common"
+            lines.append(f"{run.run.path} could not be compared{why}.")
+        damaged = [one for one in run.unpaired if one.kind == "damaged"]
+        if damaged:
+            lines.append(
+                f"{run.run.path}: {len(damaged):,} tensors could not be read; the first is "
+                f"{damaged[0].name}: {damaged[0].reason}"
+            )
     return tuple(lines)
