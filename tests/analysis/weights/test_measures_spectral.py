@@ -204,6 +204,14 @@ def test_a_matrix_read_in_many_blocks_has_the_same_spectrum(
     assert blocks == pytest.approx(whole, rel=1e-7, abs=1e-15)
 
 
+@pytest.mark.parametrize("columns", [17, 40, 129])
+def test_a_large_gram_matrix_is_added_up_in_panels(columns: int) -> None:
+    values = gaussian(columns * 5, columns)
+    with mock.patch.object(gram, "_BYTES", 1 << 10):
+        found = spectral(stored(values, torch.float64), full_spectrum=True)["spectrum"]
+    assert found == pytest.approx(np.linalg.svd(values, compute_uv=False), rel=1e-10)
+
+
 @pytest.mark.parametrize("scale", [1e-250, 1e-30, 1e30, 1e250])
 def test_squares_beyond_float64_do_not_overflow(scale: float) -> None:
     values = with_spectrum(30, 20, np.geomspace(4, 1, 20))

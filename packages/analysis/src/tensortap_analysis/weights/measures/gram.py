@@ -19,8 +19,9 @@ import torch
 
 Doubles = npt.NDArray[np.float64]
 
-_BYTES = 1 << 26
+_BYTES = 1 << 25
 """Of a block in float64."""
+_PANELS = 8
 _TRUSTED = 1e-4
 """The relative error of a singular value that is taken from the Gram matrix."""
 _EPS = float(np.finfo(np.float64).eps)
@@ -75,18 +76,34 @@ def _blocks(matrix: torch.Tensor, unit: float) -> Iterator[Doubles]:
 
 
 def _gram(matrix: torch.Tensor, unit: float) -> tuple[Doubles, Doubles]:
-    """The Gram matrix of the shorter side, and the squared norms along the longer one."""
-    total, along = None, []
-    for block in _blocks(matrix, unit):
-        along.append(np.einsum("ij,ij->i", block, block))
-        # numpy sees that both are one matrix and computes one half of the product only.
-        product = block.T @ block
-        if total is None:
-            total = product
-        else:
-            total += product
-    assert total is not None
+    """The Gram matrix of the shorter side, which is right on and below its diagonal only, and the
+    squared norms along the longer side.
+    """
+    blocks = _blocks(matrix, unit)
+    first = next(blocks)
+    # numpy sees that both are one matrix and computes one half of the product only.
+    total, along = first.T @ first, [_squares(first)]
+    for block in blocks:
+        _add_product(total, block)
+        along.append(_squares(block))
     return total, np.concatenate(along)
+
+
+def _squares(block: Doubles) -> Doubles:
+    found: Doubles = np.einsum("ij,ij->i", block, block)
+    return found
+
+
+def _add_product(total: Doubles, block: Doubles) -> None:
+    """Add `block.T @ block` on and below the diagonal at least.
+
+    In panels where the whole product, which takes as much memory as `total`, is large.
+    """
+    side = len(total)
+    width = side if total.nbytes <= _BYTES else -(-side // _PANELS)
+    for start in range(0, side, width):
+        stop = min(start + width, side)
+        total[start:, start:stop] += block[:, start:].T @ block[:, start:stop]
 
 
 def _by_qr(matrix: torch.Tensor, unit: float, alive: npt.NDArray[np.intp]) -> Doubles:
