@@ -102,6 +102,7 @@ $(VENV)/dev.stamp: $(VENV)/demo.stamp
 
 $(PEER)/peer.stamp: $(PEER)/python$(VERSION).stamp constraints.txt
 	$(call install_torch,$(PEER))
-	@echo "installing mindstudio-probe into $(PEER)"
-	@$(PEER)/bin/python $(PIP) install -c constraints.txt transformers mindstudio-probe
+	@echo "installing mindstudio-probe and weightwatcher into $(PEER)"
+	@$(PEER)/bin/python $(PIP) install -c constraints.txt transformers mindstudio-probe \
+	    weightwatcher
 	@touch $@
