@@ -118,14 +118,19 @@ def test_csv_has_a_row_for_each_run_and_with_details_for_each_tensor(cli, runs):
     assert all(float(row["mse"]) == 0 for row in tensors if row["run"] == str(runs / "same"))
 
 
-def test_markdown_is_a_table_that_renders(cli, runs):
+def test_markdown_is_tables_that_render_and_says_what_the_terminal_says(cli, runs):
     _, out, _ = cli(runs / "ref", runs / "bad", "--markdown", "--details", "--limit", 2)
-    table, first, _, tensors = out.strip().split("\n\n")
-    widths = {line.count("|") for line in table.splitlines()}
-    assert len(widths) == 1
-    assert table.splitlines()[1].startswith("| --- |")
-    assert first.startswith("First divergence of")
-    assert len(tensors.splitlines()) == 4
+    parts = out.strip().split("\n\n")
+    tables = [part for part in parts if part.startswith("| ")]
+    assert len(tables) == 3
+    for table in tables:
+        assert len({line.count("|") for line in table.splitlines()}) == 1
+        assert table.splitlines()[1].startswith("| --- |")
+    summary, depth, tensors = tables
+    assert len(summary.splitlines()) == 3
+    assert len(depth.splitlines()) == 2 + 5
+    assert len(tensors.splitlines()) == 2 + 2
+    assert any(part.startswith("First divergence of") for part in parts)
 
 
 def test_details_print_the_block_of_the_older_tools(cli, runs):
@@ -139,11 +144,17 @@ def test_details_print_the_block_of_the_older_tools(cli, runs):
     assert f"{name} (step 0), by values" in out
 
 
-def test_limit_lists_the_worst_and_says_how_many_more(cli, runs):
+def test_limit_lists_the_worst_first_and_says_how_many_there_are(cli, runs):
+    _, out, _ = cli(runs / "ref", runs / "bad", "--json")
+    every = json.loads(out)["runs"][0]["tensors"]
+    excess = [float(row["excess"]) for row in every]
+    assert excess == sorted(excess, reverse=True)
     _, out, _ = cli(runs / "ref", runs / "bad", "--limit", 3)
-    assert "… the worst 3; " in out
+    assert f"… the worst 3 of {len(every)} tensors" in out
     rows = [line for line in out.splitlines() if "rounding (estimate)" in line and "values" in line]
     assert len(rows) == 3
+    assert every[0]["tensor"] in rows[0]
+    assert "the worst first" in out
     _, out, _ = cli(runs / "ref", runs / "bad", "--limit", 0)
     assert "… the worst" not in out
 

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tensortap.errors import ConfigError
 from tensortap_analysis.comparing import compare
 from tensortap_analysis.comparison import Comparison
-from tensortap_analysis.findings import as_json, findings, header
-from tensortap_analysis.tables import rendered, run_rows, summary, tensor_rows, tensors
+from tensortap_analysis.documents import as_json
+from tensortap_analysis.findings import findings, header
+from tensortap_analysis.outcome import RunComparison
+from tensortap_analysis.progress import counted
+from tensortap_analysis.rendering import as_markdown, rendered
+from tensortap_analysis.saving import require_writable
+from tensortap_analysis.tables import layers, summary, tensor_rows, tensors, unpaired_rows
 
 _err = Console(stderr=True)
 _CODES = {"agree": 0, "differ": 1, "incomparable": 2}
@@ -42,7 +45,8 @@ def compare_runs(
     step: Annotated[int | None, typer.Option(help="Only this step.")] = None,
     save: Annotated[Path | None, typer.Option(help="Keep everything measured as JSON.")] = None,
     saved: Annotated[
-        Path | None, typer.Option("--from", help="Judge a saved comparison; no runs needed.")
+        Path | None,
+        typer.Option("--from", help="Judge a saved comparison again, without the runs."),
     ] = None,
     details: Annotated[bool, typer.Option(help="All metrics of each tensor.")] = False,
     limit: Annotated[int, typer.Option(min=0, help="Tensors to list; 0 lists all.")] = 20,
@@ -54,17 +58,19 @@ def compare_runs(
 ) -> None:
     """Find where runs part from a reference, and whether that is more than noise.
 
-    Exit code: 0 they agree, 1 they differ beyond limits, 2 they could not be compared.
+    Exit code: 0 they agree in all that could be compared (a warning says what could not), 1 they
+    differ: beyond limits, in shape, or ranks contradict each other; 2 nobody can say: nothing in
+    common, something is lost or damaged, or --preset classic or port has only statistics to go by.
     """
     if json_ + csv + markdown > 1:
         raise ConfigError("--json, --csv and --markdown are three ways to print; choose one.")
     limits = dict(_threshold(text) for text in threshold or ())
+    if save is not None:
+        require_writable(save)
     if saved is not None:
-        found = _again(saved, runs, preset, limits)
+        found = _again(saved, runs, noise, preset, limits, select, step)
     else:
         found = _measured(runs or [], noise, preset, limits, select, step)
-    if save is not None:
-        found.save(save)
     if json_:
         _say(json.dumps(as_json(found), indent=2))
     elif csv:
@@ -74,6 +80,8 @@ def compare_runs(
     else:
         _print(found, limit, details)
     _warn(found)
+    if save is not None:
+        found.save(save)
     raise typer.Exit(_CODES[found.verdict])
 
 
@@ -86,14 +94,20 @@ def _threshold(text: str) -> tuple[str, float]:
 
 
 def _again(
-    saved: Path, runs: list[Path] | None, preset: str | None, limits: dict[str, float]
-) -> Comparison:
+    saved: Path, runs: list[Path] | None, noise: Path | None, preset: str | None,
+    limits: dict[str, float], select: str, step: int | None,
+) -> Comparison:  # fmt: skip
     if runs:
         raise ConfigError("--from judges what was saved; give either it or runs, not both.")
+    if noise is not None:
+        raise ConfigError(
+            "--from knows the noise run that the comparison was saved with; another one has to be "
+            "measured: leave --from out, and give REF and RUN."
+        )
     found = Comparison.load(saved)
-    if preset is None and not limits:
-        return found
-    return found.judge(preset, **limits)
+    if (select, step) != ("*", None):
+        found = found.narrowed(select, step=step)
+    return found if preset is None and not limits else found.judge(preset, **limits)
 
 
 def _measured(
@@ -106,7 +120,7 @@ def _measured(
 ) -> Comparison:
     if len(runs) < 2:
         raise ConfigError("compare needs a reference and a run: tensortap compare REF RUN [RUN…].")
-    with _progress() as progress:
+    with counted("comparing") as progress:
         return compare(
             *runs,
             noise=noise,
@@ -118,48 +132,68 @@ def _measured(
         )
 
 
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    )  # fmt: skip
-    with Progress(*columns, console=_err, transient=True) as progress:
-        task = progress.add_task("comparing", total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
-
-
 def _csv(found: Comparison, details: bool) -> str:
     if not details:
         return summary(found, "csv")
-    return rendered([row for run in found.runs for row in tensor_rows(run)], "csv", {"run": "run"})
+    rows = [row for run in found.runs for row in (*tensor_rows(run), *unpaired_rows(run))]
+    return rendered(rows, "csv", {"run": "run"})
 
 
 def _markdown(found: Comparison, details: bool, limit: int) -> str:
-    parts = [summary(found, "markdown")]
+    parts = [summary(found, "markdown"), *_bullets(f"Warning: {text}" for text in _warnings(found))]
     for run in found.runs:
-        if run.first_divergence is not None:
-            parts.append(f"First divergence of `{run.run.path}`: {run.first_divergence}")
+        parts += _markdown_of(run)
         if details:
-            parts.append(f"`{run.run.path}`\n\n{tensors(run, 'markdown', limit)}")
+            parts.append(f"`{as_markdown(run.run.path)}`\n\n{tensors(run, 'markdown', limit)}")
     return "\n\n".join(parts)
 
 
+def _markdown_of(run: RunComparison) -> Iterator[str]:
+    """First divergence, error by depth, jumps, abnormal tensors, and what was not compared."""
+    path = f"`{as_markdown(run.run.path)}`"
+    if run.first_divergence is not None:
+        yield f"First divergence of {path}: {as_markdown(str(run.first_divergence))}"
+        if len(run.depth) > 1:
+            yield f"Error by depth of {path}, `~` is an estimate:\n\n{layers(run, 'markdown')}"
+    lines = [
+        *(f"jump between layers: {change}" for change in run.jumps),
+        *(f"abnormal: {text}" for text in run.abnormal),
+        *(f"not compared: {one.name}: {one.reason}" for one in run.unpaired),
+    ]
+    if lines:
+        yield f"Of {path}:"
+        yield from _bullets(lines)
+
+
+def _bullets(lines: Iterable[str]) -> Iterator[str]:
+    text = "\n".join(f"- {as_markdown(line)}" for line in lines)
+    if text:
+        yield text
+
+
 def _print(found: Comparison, limit: int, details: bool) -> None:
+    width = Console().width if sys.stdout.isatty() else None
     _say(header(found))
     for run in found.runs:
         _say("")
-        for line in findings(run, limit, details=details):
+        for line in findings(run, limit, details=details, width=width):
             _say(line)
-    if run_rows(found):
+    if found.runs:
         _say("")
-        _say(summary(found))
+        _say(summary(found, width=width))
 
 
 def _warn(found: Comparison) -> None:
     """Warnings go where a pipe does not swallow them."""
-    for warning in dict.fromkeys(text for run in found.runs for text in run.warnings):
+    sys.stdout.flush()
+    for warning in _warnings(found):
         text = f"warning: {warning}"
         _err.print(text, style="bold yellow", highlight=False, markup=False, soft_wrap=True)
+
+
+def _warnings(found: Comparison) -> list[str]:
+    every = (*found.remarks, *(text for run in found.runs for text in run.warnings))
+    return list(dict.fromkeys(every))
 
 
 def _say(text: str) -> None:

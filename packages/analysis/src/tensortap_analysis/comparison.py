@@ -131,7 +131,7 @@ def judged_again(found: Comparison, thresholds: Mapping[str, float]) -> Comparis
         beyond = tuple(divergences(run.pairs, judgements, sources))
         depth = tuple(by_depth(run.pairs, sources))
         again = replace(run, judgements=judgements, divergences=beyond, depth=depth)
-        said = notes(found.ref, run.run)
+        said = notes(found.ref, again)
         runs.append(replace(again, warnings=_warnings(found, again), notes=tuple(said)))
     for place, more in twins(runs).items():
         runs[place] = replace(runs[place], warnings=(*more, *runs[place].warnings))

@@ -43,8 +43,13 @@ class Divergence:
 
     @property
     def suspicious(self) -> bool:
-        """Was more added here than passes for amplification?"""
-        clear = self.basis in ("noise", "expected") and self.error > CLEAR * self.inherited
+        """Was more added here than passes for amplification?
+
+        Gradients are amplified by more than can be told from an error, unless it is certain.
+        """
+        estimated = self.basis in ("noise", "expected")
+        forward = Tensor.of(self.name).phase == "forward"
+        clear = forward and estimated and self.error > CLEAR * self.inherited
         return self.origin == "local" or clear
 
     def __str__(self) -> str:

@@ -30,7 +30,8 @@ class RunFacts:
     @property
     def claim(self) -> str:
         """`mode 2-4 and format int8`: what it says it is."""
-        claims = (("mode", self.mode), ("format", self.format))
+        format = None if self.format == self.mode else self.format
+        claims = (("mode", self.mode), ("format", format))
         return " and ".join(f"{key} {value}" for key, value in claims if value) or "no mode"
 
     def claims_as(self, other: RunFacts) -> bool:

@@ -1,16 +1,15 @@
-"""What a comparison found, in words for a terminal and as plain JSON."""
+"""What a comparison found, in words for a terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
 
-from tensortap.records import encode_float
 from tensortap.tables import grouped
-from tensortap_analysis.comparison import Comparison, RunComparison
-from tensortap_analysis.divergence import Divergence
+from tensortap_analysis.blocks import block
+from tensortap_analysis.comparison import Comparison
+from tensortap_analysis.outcome import RunComparison, counted
 from tensortap_analysis.presets import preset
-from tensortap_analysis.tables import Row, block, run_rows, tensor_rows, tensors
+from tensortap_analysis.tables import layers, tensors
 
 _WHO = {"ref": "only in REF", "run": "only in RUN", "both": "not comparable"}
 _FEW = 8
@@ -20,39 +19,71 @@ def header(found: Comparison) -> str:
     """Who is compared with whom, and judged by what."""
     by = preset(found.preset, found.thresholds)
     limits = ", ".join(f"{key} {value:g}" for key, value in by.limits.items())
+    says = by.says
+    if by.name == "noise":
+        known = found.noise is not None
+        says = "error over the noise run's" if known else "error over an estimate of rounding"
     noise = f" (noise: {found.noise.title})" if found.noise is not None else ""
-    return f"REF {found.ref.title}; judged by {by.name}: {by.says}; {limits}{noise}"
+    return f"REF {found.ref.title}; judged by {by.name}: {says}; {limits}{noise}"
 
 
-def findings(run: RunComparison, limit: int, *, details: bool) -> Iterator[str]:
+def findings(
+    run: RunComparison, limit: int, *, details: bool, width: int | None = None
+) -> Iterator[str]:
     """Lines on one run: divergence, layers, tensors, and what was not compared."""
-    yield f"{run.run.title}: {_verdict(run)}"
-    if run.estimated:
-        yield "  Limits are an estimate of what rounding does; --noise RUN measures it."
+    yield f"{run.run.title}: {verdict(run)}"
+    yield from (f"  note: {note}" for note in run.notes)
+    yield from _estimates(run)
     yield from (f"  {line}" for line in _parting(run))
     yield from _listed("jump between layers", map(str, run.jumps))
     yield from _listed("abnormal", run.abnormal)
-    for word, title in _WHO.items():
-        rows = ((one.name, one.reason, one.count) for one in run.unpaired if one.where == word)
-        yield from (f"  {title}: {line}" for line in grouped(rows))
+    yield from _not_compared(run)
+    if run.divergences and len(run.depth) > 1:
+        yield from _by_depth(run)
     if details:
         yield from _blocks(run, limit)
     elif run.pairs:
         yield ""
-        yield tensors(run, "text", limit)
+        yield "The tensors, the worst first (of limit: error over its limit, beyond from 1 on):"
+        yield tensors(run, "text", limit, width=width)
         if limit and len(run.pairs) > limit:
-            more = len(run.pairs) - limit
-            yield f"… the worst {limit}; {more:,} more: --limit 0, --csv --details, or --save."
+            all_of_them = f"{len(run.pairs):,} tensors"
+            yield f"… the worst {limit} of {all_of_them}: --limit 0, --csv --details, --save."
 
 
-def _verdict(run: RunComparison) -> str:
-    if run.verdict == "incomparable":
-        return "could not be compared"
+def verdict(run: RunComparison) -> str:
+    """`agrees (21 tensors)`: the verdict, and what it is about."""
+    compared, total = len(run.pairs), len(run.pairs) + run.not_compared
+    of = f"{compared:,} tensors" if not run.not_compared else f"{compared:,} of {total:,} tensors"
     kinds = sorted({pair.by for pair in run.pairs})
     how = f", by {' and '.join(kinds)}" if kinds != ["values"] else ""
-    word = "differs beyond limits" if run.divergences else "agrees"
+    if not run.pairs:
+        return "could not be compared"
+    if run.verdict == "incomparable":
+        return f"cannot be judged ({', '.join(_why_not(run))}; {of} compared{how})"
+    if run.verdict == "agree":
+        far = " as far as statistics tell" if "statistics" in kinds else ""
+        return f"agrees{far} ({of}{' compared' if run.not_compared else ''}{how})"
+    limits = " beyond limits" if run.divergences else ""
     beyond = f"{len(run.divergences):,} of " if run.divergences else ""
-    return f"{word} ({beyond}{len(run.pairs):,} tensors{how})"
+    parts = [f"{beyond}{compared:,} tensors{how}", *counted(run.of_kind("mismatch"))]
+    return f"differs{limits} ({', '.join(parts)})"
+
+
+def _why_not(run: RunComparison) -> Iterator[str]:
+    yield from counted(run.of_kind("damaged"))
+    if run.undecided:
+        yield f"{len(run.undecided):,} with statistics only"
+
+
+def _estimates(run: RunComparison) -> Iterator[str]:
+    if not run.estimated:
+        return
+    some = sum(judgement.estimated for judgement in run.judgements)
+    if any(pair.noise is not None for pair in run.pairs):
+        yield f"  {some:,} limits are an estimate of rounding, where the noise run does not tell."
+    else:
+        yield "  Limits are an estimate of what rounding does; --noise RUN measures it."
 
 
 def _parting(run: RunComparison) -> Iterator[str]:
@@ -60,80 +91,54 @@ def _parting(run: RunComparison) -> Iterator[str]:
     if first is None:
         return
     yield f"first divergence: {first}"
-    local = run.local
-    names = list(dict.fromkeys(found.name for found in local))
-    more = f" and {len(names) - _FEW} more" if len(names) > _FEW else ""
-    if names:
-        yield f"local errors (added there): {', '.join(names[:_FEW])}{more}"
-    yield f"inherited errors: {len(run.divergences) - len(local):,} tensors"
+    local = list(dict.fromkeys(found.name for found in run.local))
+    if local:
+        yield f"local errors (added there): {_few(local)}"
+    most = [f"{found.name} {found.local:.3g}" for found in run.suspects]
+    if len(most) > 1:
+        yield f"most was added by: {_few(most)}"
+    inherited = len(run.divergences) - len(run.local)
+    yield f"inherited errors: {inherited:,} tensor{'' if inherited == 1 else 's'}"
+
+
+def _few(words: list[str]) -> str:
+    more = f" and {len(words) - _FEW:,} more" if len(words) > _FEW else ""
+    return ", ".join(words[:_FEW]) + more
+
+
+def _not_compared(run: RunComparison) -> Iterator[str]:
+    """Why, a line for what is alike; what cannot be read has a reason of its own each time."""
+    unreadable = [one for one in run.unpaired if (one.where, one.kind) == ("both", "damaged")]
+    if unreadable:
+        many = sum(one.count for one in unreadable)
+        yield f"  cannot be read: {many:,} tensors, the first {unreadable[0].name}:"
+        yield f"    {unreadable[0].reason}"
+    for word, title in _WHO.items():
+        rows = (
+            (one.name, one.reason, one.count)
+            for one in run.unpaired
+            if one.where == word and one not in unreadable
+        )
+        yield from _listed(title, grouped(rows))
+
+
+def _by_depth(run: RunComparison) -> Iterator[str]:
+    moments = {row.at.renamed("") for row in run.depth}
+    first = run.depth[0].at.when
+    more = f" (the first of {len(moments):,} moments; --json has all)" if len(moments) > 1 else ""
+    yield ""
+    yield f"The error by depth, forward, {first}{more}; all relative, ~ is an estimate:"
+    yield layers(run)
 
 
 def _listed(title: str, lines: Iterable[str]) -> Iterator[str]:
     every = list(lines)
     yield from (f"  {title}: {line}" for line in every[:_FEW])
     if len(every) > _FEW:
-        yield f"  {title}: and {len(every) - _FEW:,} more"
+        yield f"  {title}: and {len(every) - _FEW:,} more lines (--json has all)"
 
 
 def _blocks(run: RunComparison, limit: int) -> Iterator[str]:
-    shown = {row["tensor"] for row in tensor_rows(run, limit)}
-    for pair, judgement in zip(run.pairs, run.judgements, strict=True):
-        if pair.name in shown:
-            yield ""
-            yield block(pair, judgement)
-
-
-def as_json(found: Comparison, limit: int = 0) -> dict[str, Any]:
-    """Everything a script may ask: the summary, and of each run what the terminal says."""
-    return {
-        "verdict": found.verdict,
-        "ref": found.ref.to_json(),
-        "noise": None if found.noise is None else found.noise.to_json(),
-        "preset": found.preset,
-        "thresholds": dict(preset(found.preset, found.thresholds).limits),
-        "summary": [_plain(row) for row in run_rows(found)],
-        "runs": [_run_json(run, limit) for run in found.runs],
-    }
-
-
-def _run_json(run: RunComparison, limit: int) -> dict[str, Any]:
-    first = run.first_divergence
-    return {
-        "run": run.run.to_json(),
-        "verdict": run.verdict,
-        "estimated": run.estimated,
-        "warnings": list(run.warnings),
-        "first_divergence": None if first is None else _divergence(first),
-        "divergences": [_divergence(one) for one in run.divergences],
-        "jumps": [change.to_json() for change in run.jumps],
-        "changes": [change.to_json() for change in run.changes],
-        "abnormal": list(run.abnormal),
-        "unpaired": [
-            {"name": one.name, "where": one.where, "reason": one.reason, "count": one.count}
-            for one in run.unpaired
-        ],
-        "tensors": [_plain(row) for row in tensor_rows(run, limit)],
-    }
-
-
-def _divergence(found: Divergence) -> dict[str, Any]:
-    inputs = {pair.name: pair.error for pair in found.inputs}
-    return {
-        "tensor": found.name,
-        "step": found.pair.at.step,
-        "microbatch": found.pair.at.microbatch,
-        "origin": found.origin,
-        "grade": found.judgement.grade,
-        "excess": encode_float(found.judgement.excess),
-        "error": encode_float(found.error),
-        "inherited": encode_float(found.inherited),
-        "local": encode_float(found.local),
-        "inputs": {name: encode_float(error) for name, error in inputs.items()},
-    }
-
-
-def _plain(row: Row) -> dict[str, Any]:
-    return {
-        key: encode_float(value) if isinstance(value, float) else value
-        for key, value in row.items()
-    }
+    for pair, judgement in run.ranked[: limit or None]:
+        yield ""
+        yield block(pair, judgement)

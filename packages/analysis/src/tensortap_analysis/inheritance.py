@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,7 +31,7 @@ class Inheritance:
 
     `inherited` is what is to be expected, `most` what they can explain at all. `local` is the
     error that was added. By `basis`: `measured`, the run's own inputs were put through the same
-    product; `noise`, its errors are amplified as those of the noise run were; `expected`, they are
+    product; `noise`, errors are amplified as those of the noise run were; `expected`, they are
     passed on as they are, which random errors are by products with a matrix, and by residual
     streams; `statistics`, only the least of an error is known, and inherited from local cannot be
     told where an input differs.
@@ -51,10 +51,10 @@ def inheritance(pair: Pair, sources: Sources, pairs: Sequence[Pair]) -> Inherita
     most = max((_most(pair, one) for one in given), default=0.0)
     if pair.passed is not None:
         return Inheritance(pair.passed.inherited, most, pair.passed.local, "measured")
-    expected = _together(sources, lambda place: pairs[place].error)
     gain = _gain_of_noise(pair, sources, pairs)
     basis: Basis = "expected" if gain is None else "noise"
-    inherited = expected * (1.0 if gain is None else gain)
+    made = _made(sources, lambda place: pairs[place].error) * (1.0 if gain is None else gain)
+    inherited = max([made, *(pairs[place].error for place in sources.through)])
     return Inheritance(min(inherited, pair.error), most, _beyond(pair.error, inherited), basis)
 
 
@@ -69,29 +69,27 @@ def _most(pair: Pair, given: Pair) -> float:
 
 
 def _gain_of_noise(pair: Pair, sources: Sources, pairs: Sequence[Pair]) -> float | None:
-    """What became of the noise run's errors on the way; `None` where it does not tell."""
+    """What became of the noise run's errors on the way; `None` where it does not tell.
+
+    At least 1: what is rounded anew at each token averages out where a fault does not.
+    """
     noise = usable(pair)
-    beside = {place: usable(pairs[place]) for place in sources.places}
+    beside = {place: usable(pairs[place]) for place in (*sources.factors, *sources.beside)}
     if noise is None or not beside or None in beside.values():
         return None
     errors = {place: one.error for place, one in beside.items() if one is not None}
-    given = _together(sources, lambda place: errors[place])
-    return noise.error / given if _known(noise.error, given) else None
+    given = _made(sources, lambda place: errors[place])
+    return max(1.0, noise.error / given) if _known(noise.error, given) else None
 
 
 def _known(*errors: float) -> bool:
     return all(0 < error < math.inf for error in errors)
 
 
-def _together(sources: Sources, error: Callable[[int], float]) -> float:
-    """The error that independent ones make together, passed on as they are."""
+def _made(sources: Sources, error: Callable[[int], float]) -> float:
+    """The error that a module makes of independent ones, passed on as they are."""
     beside = max(map(error, sources.beside), default=0.0)
-    factors = math.hypot(beside, *map(error, _distinct(sources.factors)))
-    return max([factors, *map(error, sources.through)])
-
-
-def _distinct(places: Iterable[int]) -> list[int]:
-    return sorted(set(places))
+    return math.hypot(beside, *map(error, sorted(set(sources.factors))))
 
 
 def _beyond(error: float, inherited: float) -> float:

@@ -33,10 +33,19 @@ def warnings(ref: RunFacts, found: RunComparison) -> Iterator[str]:
             yield f"{who}: and {len(side.problems) - _MOST_PROBLEMS} more problems."
 
 
-def notes(ref: RunFacts, run: RunFacts) -> Iterator[str]:
-    """What is as it may be."""
-    if not ref.claims_as(run):
-        yield f"Modes differ, as they may: {ref.claim} and {run.claim}."
+def notes(ref: RunFacts, found: RunComparison) -> Iterator[str]:
+    """What is as it may be: another mode, and tensors that only the run has besides."""
+    if not ref.claims_as(found.run):
+        yield f"modes differ, as they may: REF has {ref.claim}, RUN {found.run.claim}"
+    if found.pairs and _only_more(found):
+        yield f"{_many(found.not_compared, 'tensor')} only in RUN; all of REF were compared"
+
+
+def _only_more(found: RunComparison) -> bool:
+    """Is all that was not compared something that only the run has?"""
+    return bool(found.unpaired) and all(
+        (one.kind, one.where) == ("absent", "run") for one in found.unpaired
+    )
 
 
 def _nothing(ref: RunFacts, found: RunComparison) -> str:
@@ -53,7 +62,7 @@ def _nothing(ref: RunFacts, found: RunComparison) -> str:
 
 
 def _not_compared(found: RunComparison) -> Iterator[str]:
-    if not found.unpaired or not found.pairs:
+    if not found.unpaired or not found.pairs or _only_more(found):
         return
     total = len(found.pairs) + found.not_compared
     said = f"{found.not_compared:,} of {_many(total, 'tensor')} could not be compared: "

@@ -11,6 +11,7 @@ Kind = Literal["absent", "mismatch", "damaged", "unknown"]
 shapes, or ranks that contradict each other. `damaged`: it was captured, and cannot be read any
 more. `unknown`: what was captured of it is not enough to tell."""
 
+
 class NotComparable(Exception):
     """These two tensors cannot be compared; the message is the reason, as half a sentence."""
 

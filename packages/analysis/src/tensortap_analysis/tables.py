@@ -1,34 +1,50 @@
-"""A comparison as tables: a row for each run, a row for each tensor; as text, Markdown or CSV."""
+"""A comparison as tables: a row for each run, for each tensor, for each layer."""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.markup import escape
-from rich.measure import Measurement
-from rich.table import Table
-
-from tensortap.errors import ConfigError, nearest
+from tensortap_analysis.judgement import Judgement
+from tensortap_analysis.outcome import RunComparison
 from tensortap_analysis.pairs import Pair
-from tensortap_analysis.presets import Judgement
+from tensortap_analysis.rendering import Columns, Row, cell, fitted, rendered
 from tensortap_analysis.words import layer_of
 
 if TYPE_CHECKING:
-    from tensortap_analysis.comparison import Comparison, RunComparison
+    from tensortap_analysis.comparison import Comparison
 
-Row = Mapping[str, Any]
+__all__ = ["Row", "cell", "layers", "run_rows", "summary", "tensor_rows", "tensors"]
+
 _METRICS = (
     "mse", "rmse", "mae", "max_abs", "relative_mse", "relative_mae", "relative_max",
     "relative_mean", "relative_median", "relative_l2", "cosine", "correlation", "sqnr_db",
-    "ulp_max", "ulp_mean", "nonfinite_mismatches", "bitwise_equal",
+    "ulp_max", "ulp_mean", "nan_ref", "nan_other", "inf_ref", "inf_other",
+    "nonfinite_mismatches", "bitwise_equal",
 )  # fmt: skip
 _SIDES = ("mean", "std", "min", "max")
+_SUMMARY = {
+    "run": "run", "mode": "mode", "first_mse": "first layer MSE", "first_mae": "first layer MAE",
+    "last_mse": "last layer MSE", "last_mae": "last layer MAE",
+    "mean_correlation": "mean correlation", "worst": "worst tensor", "compared": "compared",
+    "not_compared": "not compared", "beyond": "beyond", "verdict": "verdict",
+}  # fmt: skip
+_LEAST_OF_SUMMARY = (
+    "first_mae", "last_mae", "mean_correlation", "first_mse", "worst", "last_mse", "mode",
+)  # fmt: skip
+_TENSORS = {
+    "tensor": "tensor", "step": "step", "by": "by", "mse": "MSE", "mae": "MAE",
+    "max_abs": "max abs", "error": "relative L2", "cosine": "cosine", "sqnr_db": "SQNR dB",
+    "excess": "of limit", "grade": "judged",
+}  # fmt: skip
+_LEAST_OF_TENSORS = ("by", "mae", "mse", "step", "max_abs", "sqnr_db", "cosine")
+_NOTHING = 1e-3
+"""A share of a layer's error that no module is named for."""
+_LAYERS = {
+    "layer": "layer", "input": "input error", "output": "output error", "added": "added inside",
+    "by": "most by", "most": "which added",
+}  # fmt: skip
 
 
 def run_rows(found: Comparison) -> list[Row]:
@@ -48,8 +64,13 @@ def _run_row(run: RunComparison) -> Row:
         "mean_correlation": _mean_correlation(run.pairs),
         "worst": worst.name if worst is not None else None,
         "compared": len(run.pairs),
+        "not_compared": run.not_compared,
+        "by_statistics": sum(pair.by == "statistics" for pair in run.pairs),
         "beyond": len(run.divergences),
         "local": len(run.local),
+        "jumps": len(run.jumps),
+        "abnormal": len(run.abnormal),
+        "warnings": len(run.warnings),
         "verdict": run.verdict,
     }
 
@@ -86,25 +107,30 @@ def _mean_correlation(pairs: Sequence[Pair]) -> float | None:
 
 
 def tensor_rows(run: RunComparison, limit: int = 0) -> list[Row]:
-    """A row for each tensor with all its metrics; of more than `limit` the worst, in order."""
-    both = list(zip(run.pairs, run.judgements, strict=True))
-    if limit and len(both) > limit:
-        ranked = sorted(both, key=lambda row: (row[1].excess, row[0].error), reverse=True)
-        both = sorted(ranked[:limit], key=lambda row: row[0].order)
-    return [_tensor_row(run.run.path, pair, judgement) for pair, judgement in both]
+    """A row for each tensor with all its metrics, the worst first; at most `limit` of them."""
+    both = run.ranked[:limit] if limit else run.ranked
+    added = {id(found.pair): found for found in run.divergences}
+    return [
+        _tensor_row(run.run.path, pair, judgement)
+        | {
+            key: getattr(added.get(id(pair)), key, None)
+            for key in ("origin", "inherited", "local", "basis")
+        }
+        for pair, judgement in both
+    ]
 
 
-def _tensor_row(path: str, pair: Pair, judgement: Judgement) -> Row:
+def _tensor_row(path: str, pair: Pair, judgement: Judgement) -> dict[str, Any]:
     metrics, at = pair.metrics, pair.at
     row: dict[str, Any] = {
         "run": path, "tensor": pair.name, "step": at.step, "microbatch": at.microbatch,
         "call": at.call, "eval": at.eval, "recompute": at.recompute, "dp_rank": at.dp_rank,
-        "by": pair.by, "shape": "x".join(map(str, pair.ref.shape)) or "scalar",
+        "order": pair.order, "by": pair.by, "shape": "x".join(map(str, pair.ref.shape)) or "scalar",
         "ref_dtype": pair.ref.dtype, "run_dtype": pair.other.dtype,
     }  # fmt: skip
     for word, side in (("ref", metrics.ref), ("run", metrics.other), ("d", metrics.difference)):
         row |= {f"{word}_{name}": getattr(side, name) for name in _SIDES}
-    row |= {name: getattr(metrics, name) for name in _METRICS}
+    row |= {name.replace("_other", "_run"): getattr(metrics, name) for name in _METRICS}
     row |= {f"p{rank}": value for rank, value in metrics.percentiles.items()}
     row["max_abs_at"] = " ".join(map(str, metrics.max_abs_at or ())) or None
     return row | {
@@ -113,116 +139,87 @@ def _tensor_row(path: str, pair: Pair, judgement: Judgement) -> Row:
         "excess": judgement.excess,
         "grade": judgement.grade,
         "within": judgement.within,
+        "decided": judgement.decided,
         "note": pair.note,
     }
 
 
-def summary(found: Comparison, kind: str = "text") -> str:
-    """The summary as `text`, `markdown` or `csv`."""
-    rows = run_rows(found)
-    columns = {
-        "run": "run", "mode": "mode", "first_mse": "first layer MSE", "first_mae": "MAE",
-        "last_mse": "last layer MSE", "last_mae": "MAE ", "mean_correlation": "mean correlation",
-        "worst": "worst tensor", "beyond": "beyond", "verdict": "verdict",
-    }  # fmt: skip
-    return rendered(rows, kind, columns)
+def unpaired_rows(run: RunComparison) -> list[Row]:
+    """A row for each name that was not compared, with the reason as its grade."""
+    return [
+        {"run": run.run.path, "tensor": one.name, "by": f"not compared: {one.kind}",
+         "grade": one.reason, "within": False, "decided": False, "count": one.count}
+        for one in run.unpaired
+    ]  # fmt: skip
 
 
-def tensors(run: RunComparison, kind: str = "text", limit: int = 0) -> str:
-    """The tensors of one run as `text`, `markdown` or `csv`."""
-    columns = {
-        "tensor": "tensor", "step": "step", "by": "by", "mse": "MSE", "mae": "MAE",
-        "max_abs": "max abs", "error": "relative L2", "cosine": "cosine", "sqnr_db": "SQNR dB",
-        "excess": "of limit", "grade": "judged",
-    }  # fmt: skip
-    return rendered(tensor_rows(run, limit), kind, columns)
+def summary(found: Comparison, kind: str = "text", *, width: int | None = None) -> str:
+    """The summary as `text` (of at most this width), `markdown` or `csv`."""
+    return _table(run_rows(found), kind, _SUMMARY, _LEAST_OF_SUMMARY, width)
 
 
-def rendered(rows: Sequence[Row], kind: str, columns: Mapping[str, str]) -> str:
-    """Rows as text, Markdown (these columns, under these headings) or CSV (everything)."""
-    writers: Mapping[str, Callable[[Sequence[Row], Mapping[str, str]], str]] = {
-        "text": _text,
-        "markdown": _markdown,
-        "csv": _csv,
-    }
-    if kind not in writers:
-        raise ConfigError(f"There is no table {kind!r}; there are {nearest(kind, writers)}.")
-    return writers[kind](rows, columns)
+def tensors(
+    run: RunComparison, kind: str = "text", limit: int = 0, *, width: int | None = None
+) -> str:
+    """The tensors of one run as `text`, `markdown` or `csv`, the worst first.
+
+    In text and Markdown a tensor that is passed on under other names is listed once.
+    """
+    rows = tensor_rows(run) if kind == "csv" else _once(tensor_rows(run))
+    return _table(rows[: limit or None], kind, _TENSORS, _LEAST_OF_TENSORS, width)
 
 
-def _text(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
-    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
-    for key, heading in columns.items():
-        numeric = any(_is_number(row.get(key)) for row in rows)
-        table.add_column(heading, justify="right" if numeric else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*(escape(cell(row.get(key))) for key in columns))
-    console = Console(width=10_000, file=io.StringIO(), color_system=None)
-    width = Measurement.get(console, console.options, table).maximum
-    plain = Console(width=width, file=io.StringIO(), color_system=None)
-    with plain.capture() as captured:
-        plain.print(table)
-    return "\n".join(line.rstrip() for line in captured.get().splitlines()).strip("\n")
-
-
-def _markdown(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
-    marks = ["--:" if any(_is_number(row.get(key)) for row in rows) else "---" for key in columns]
-    body = [[cell(row.get(key)) for key in columns] for row in rows]
-    lines = ([word.strip() for word in line] for line in (columns.values(), marks, *body))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _csv(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
-    """Everything a row has, numbers in full."""
-    keys = list(dict.fromkeys(key for row in rows for key in row)) or list(columns)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, keys, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({key: "" if row.get(key) is None else row[key] for key in row} for row in rows)
-    return text.getvalue().rstrip("\n")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def cell(value: object) -> str:
-    """A value as people read it: four digits, `-` for what is not known."""
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-
-def block(pair: Pair, judgement: Judgement) -> str:
-    """Everything about one tensor, in the lines the older tools printed."""
-    found, lines = pair.metrics, [f"{pair.name} ({pair.at.when}), by {pair.by}"]
-    for who, side in (("REF", found.ref), ("RUN", found.other), ("difference", found.difference)):
-        lines.append(
-            f"  {who:<11}mean {cell(side.mean)}, std {cell(side.std)}, "
-            f"range [{cell(side.min)}, {cell(side.max)}]"
-        )
-    place = f" at {list(found.max_abs_at)}" if found.max_abs_at is not None else ""
-    ranks = ", ".join(f"{rank}%: {cell(value)}" for rank, value in found.percentiles.items())
-    lines += [
-        f"  |d|        mean {cell(found.mae)}, max {cell(found.max_abs)}{place}; {ranks or '-'}",
-        f"  errors     MSE {cell(found.mse)}, RMSE {cell(found.rmse)}, MAE {cell(found.mae)}, "
-        f"relative MSE {_percent(found.relative_mse)}, MAE {_percent(found.relative_mae)}",
-        f"  relative   L2 {cell(pair.error)}; element by element max {cell(found.relative_max)}, "
-        f"mean {cell(found.relative_mean)}, median {cell(found.relative_median)}",
-        f"  likeness   correlation {_exact(found.correlation)}, cosine {_exact(found.cosine)}, "
-        f"SQNR {cell(found.sqnr_db)} dB, ulp max {cell(found.ulp_max)} mean {cell(found.ulp_mean)}",
-        f"  NaN/Inf    REF {found.nan_ref:,}/{found.inf_ref:,}, RUN {found.nan_other:,}/"
-        f"{found.inf_other:,}, mismatches {found.nonfinite_mismatches:,}",
-        f"  judged     {judgement.grade} ({cell(judgement.excess)} of the limit)",
+def _once(rows: Iterable[Row]) -> list[Row]:
+    """Rows of equal numbers at one moment as one, which says how many names there are."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for number, row in enumerate(rows):
+        at = tuple(row[key] for key in ("step", "microbatch", "call", "dp_rank", "recompute"))
+        numbers = (row["shape"], row["mse"], row["max_abs"], row["ref_mean"], row["run_mean"])
+        key = (*at, *numbers) if row["error"] > 0 and row["mse"] is not None else (number,)
+        known = found.setdefault(key, {**row, "names": 0})
+        known["names"] += 1
+    return [
+        row | ({"tensor": f"{row['tensor']} (and {row['names'] - 1} more)"} if many else {})
+        for row in found.values()
+        for many in [row["names"] > 1]
     ]
-    return "\n".join(lines)
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g} ({100 * value:.4g} %)"
+def layer_rows(run: RunComparison) -> list[Row]:
+    """A row for each layer at each moment: the error that goes in, comes out, and is added."""
+    return [
+        {
+            "layer": row.layer, "step": row.at.step, "microbatch": row.at.microbatch,
+            "when": row.at.when, "input": row.input, "output": row.output, "added": row.added,
+            "by": row.by, "most": row.most, "measured": row.measured,
+        }
+        for row in run.depth
+    ]  # fmt: skip
 
 
-def _exact(value: float | None) -> str:
-    return "-" if value is None else f"{value:.6f}"
+def layers(run: RunComparison, kind: str = "text") -> str:
+    """The error by depth at the first moment, as `text`, `markdown` or `csv` (of all moments)."""
+    rows = layer_rows(run)
+    if kind == "csv":
+        return rendered(rows, kind, _LAYERS)
+    shown = [row for row in rows if row["when"] == rows[0]["when"]]
+    return rendered([_spelled(row) for row in shown], kind, _LAYERS)
+
+
+def _spelled(row: Row) -> Row:
+    """Modules by what follows the layer's name; `~` before what is an estimate."""
+    about = "" if row["measured"] else "~"
+    by = row["by"] and (row["by"].removeprefix(row["layer"]).lstrip(".") or "itself")
+    added = "-" if row["added"] is None else f"{about}{cell(row['added'])}"
+    if row["most"] < _NOTHING * (row["output"] or 0.0):
+        by = None
+    most = f"{about}{cell(row['most'])}" if by else "-"
+    return {**row, "added": added, "by": by, "most": most}
+
+
+def _table(
+    rows: Sequence[Row], kind: str, columns: Columns, least: Sequence[str], width: int | None
+) -> str:
+    if kind == "text" and width is not None:
+        return fitted(rows, columns, least, width)
+    return rendered(rows, kind, columns)
