@@ -58,16 +58,21 @@ def test_a_product_of_codes_has_no_error(k: int) -> None:
     np.testing.assert_array_equal(product.numpy(), left.astype(np.int64) @ right.astype(np.int64).T)
 
 
-def test_a_machine_that_saturates_pairs_of_products_is_noticed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def saturating_int_mm(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """What vpmaddubsw does: two products are added in 16 bits before the rest."""
+    products = left.int()[:, None] * right.T.int()[None]
+    pairs = products.unflatten(-1, (-1, 2)).sum(-1).clamp(-32768, 32767)
+    return pairs.sum(-1).int()
 
-    def fake_int_mm(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        products = left.int()[:, None] * right.T.int()[None]
-        pairs = products.unflatten(-1, (-1, 2)).sum(-1).clamp(-32768, 32767)
-        return pairs.sum(-1).int()
 
+def missing_int_mm(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    raise NotImplementedError("Could not run 'aten::_int_mm' with arguments from the 'CPU' backend")
+
+
+@pytest.mark.parametrize("fake_int_mm", [saturating_int_mm, missing_int_mm])
+def test_a_machine_without_an_exact_product_is_noticed(
+    fake_int_mm: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch, "_int_mm", fake_int_mm)
     integers._int_mm_is_exact.cache_clear()
     try:

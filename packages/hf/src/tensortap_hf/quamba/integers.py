@@ -128,15 +128,20 @@ def _pieces(codes: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 @functools.cache
 def _int_mm_is_exact() -> bool:
-    """Some CPUs add pairs of products in 16 bits and saturate; the extreme codes tell."""
-    if not hasattr(torch, "_int_mm"):
-        return False
+    """Is torch's own product there, and right? The extreme codes tell.
+
+    Some CPUs add pairs of products in 16 bits and saturate; an older torch has it on GPUs alone.
+    """
     generator = torch.Generator().manual_seed(0)
-    for codes in (torch.full((40, 192), -128), torch.full((40, 192), 127)):
-        left = codes.to(torch.int8)
+    for extreme in (-128, 127):
+        left = torch.full((40, 192), extreme, dtype=torch.int8)
         right = torch.randint(-128, 128, (48, 192), generator=generator).to(torch.int8)
         for other in (right, left):
-            if not torch.equal(_int_mm(left, other), _float_mm(left, other)):
+            try:
+                product = _int_mm(left, other)
+            except (AttributeError, RuntimeError):
+                return False
+            if not torch.equal(product, _float_mm(left, other)):
                 return False
     return True
 
