@@ -75,6 +75,21 @@ def test_ranks_show_the_error_that_is_left_by_each(folder, tmp_path):
         assert error == pytest.approx(np.sqrt((s[rank:] ** 2).sum() / (s**2).sum()), abs=1e-6)
 
 
+def test_formats_show_quartiles_over_layers_and_name_the_worst(folder, tmp_path):
+    result, page = written(folder, tmp_path / "r.html")
+    box, worst = blocks(page)["formats-data"]["data"]
+    sqnr = {
+        layer: stats["quantization"]["formats"]["mxfp4"]
+        for layer, stats in result.items()
+        if stats["quantization"]["formats"] and layer != "model.layers.1.mlp.up_proj"
+    }
+    at = box["x"].index("mxfp4")
+    assert box["median"][at] == pytest.approx(np.median(list(sqnr.values())))
+    assert box["lowerfence"][at] == min(sqnr.values())
+    lowest = min(sqnr, key=sqnr.get)
+    assert any(lowest in text and "mxfp4" in text for text in worst["hovertext"])
+
+
 def test_spectra_are_drawn_where_the_scan_has_kept_them(folder, tmp_path):
     _, without = written(folder, tmp_path / "r.html")
     _, page = written(folder, tmp_path / "f.html", full_spectrum=True)

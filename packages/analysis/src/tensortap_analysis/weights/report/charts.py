@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
 
 from tensortap_analysis.report.figures import (
@@ -21,7 +22,7 @@ from tensortap_analysis.report.figures import (
 from tensortap_analysis.weights.health.issue import Layer, layers_of
 from tensortap_analysis.weights.result import ScanResult
 
-_LINES, _POINTS, _COLUMNS = 120, 96, 1000
+_LINES, _POINTS, _COLUMNS, _WORST = 120, 96, 1000, 10
 _METRICS = (
     ("condition number", "spectral", "condition_number", True),
     ("spectral norm", "spectral", "s_max", True),
@@ -85,7 +86,7 @@ def _ranked(values: list[Any], larger: bool) -> list[float | None]:
 
 def _formats(layers: list[Layer]) -> Chart | None:
     """What each format leaves, a box over layers."""
-    found: dict[str, list[tuple[str, float]]] = {}
+    found: _ByFormat = {}
     for layer in layers:
         by_format = dict(layer.get("quantization", "formats") or {})
         by_format["int8 per channel"] = layer.get("quantization", "sqnr_db_per_channel")
@@ -94,17 +95,42 @@ def _formats(layers: list[Layer]) -> Chart | None:
                 found.setdefault(name, []).append((layer.name, sqnr))
     if not found:
         return None
-    traces = [
-        go.Box(
-            y=[sqnr for _, sqnr in rows], name=name, boxpoints="outliers", hoverinfo="text",
-            hovertext=hover(f"{layer}: {sqnr:.1f} dB" for layer, sqnr in rows),
-            marker={"color": COLOURS[0], "size": 4}, line={"width": 1},
-        )
-        for name, rows in found.items()
-    ]  # fmt: skip
-    says = "Signal to quantisation noise of each layer's weights; the outliers have their names."
+    traces = [_box(found), _worst(found)]
+    says = (
+        "Signal to quantisation noise of the weights: quartiles, smallest and largest over layers; "
+        f"points are the {_WORST} layers that a format serves worst, with their names."
+    )
     drawing = figure(traces, "", "SQNR in dB", height=400, showlegend=False)
     return Chart("formats", "What each format leaves", says, drawing)
+
+
+_ByFormat = dict[str, list[tuple[str, float]]]
+
+
+def _box(found: _ByFormat) -> go.Box:
+    """Five numbers for each format: the page does not hold every layer's."""
+    cuts = [
+        np.quantile([sqnr for _, sqnr in rows], (0, 0.25, 0.5, 0.75, 1)).tolist()
+        for rows in found.values()
+    ]
+    low, q1, median, q3, high = zip(*cuts, strict=True)
+    return go.Box(
+        x=list(found), lowerfence=low, q1=q1, median=median, q3=q3, upperfence=high,
+        marker={"color": COLOURS[0]}, line={"width": 1}, name="layers",
+    )  # fmt: skip
+
+
+def _worst(found: _ByFormat) -> go.Scatter:
+    rows = [
+        (name, layer, sqnr)
+        for name, every in found.items()
+        for layer, sqnr in sorted(every, key=lambda row: row[1])[:_WORST]
+    ]
+    return go.Scatter(
+        x=[name for name, _, _ in rows], y=[sqnr for _, _, sqnr in rows], mode="markers",
+        marker={"color": COLOURS[1], "size": 5}, hoverinfo="text", name="worst",
+        hovertext=hover(f"{layer}\n{name}: {sqnr:.1f} dB" for name, layer, sqnr in rows),
+    )  # fmt: skip
 
 
 def _ranks(layers: list[Layer]) -> Chart | None:

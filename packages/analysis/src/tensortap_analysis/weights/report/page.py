@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tensortap_analysis.weights.report.spread import Histogram
 from tensortap_analysis.weights.result import ScanResult
 from tensortap_analysis.weights.sources import Skipped
 
-_ISSUES, _LINES = 200, 40
+_ISSUES, _LINES, _ROWS = 200, 40, 20_000
 _KINDS = {"good": "good", "improve": "", "do not deploy": "bad"}
 _COLUMNS: tuple[tuple[str, str, str, str], ...] = (
     ("condition", "spectral", "condition_number", "Largest over smallest singular value"),
@@ -132,9 +133,11 @@ def _layers(result: ScanResult) -> Html:
         ("dtype", "dtype", "As stored"),
         *((metric, heading, says) for heading, _, metric, says in measured),
     ]
-    rows = [_row(layer, result, measured) for layer in result]
+    rows = [_row(layer, result, measured) for layer in islice(result, _ROWS)]
+    cut = f" The first {_ROWS:,} of {len(result):,}." if len(result) > _ROWS else ""
+    says = f"In the order of the checkpoint; a click on a heading sorts.{cut}"
     return join((
-        tag("p", "In the order of the checkpoint; a click on a heading sorts.", class_="says"),
+        tag("p", says, class_="says"),
         searched(columns, rows, ""),
     ))  # fmt: skip
 
