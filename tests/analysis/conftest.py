@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tensortap.cli import main
+from tensortap_analysis.plots.style import LOOK
 
 
 @pytest.fixture
@@ -20,3 +21,9 @@ def cli(monkeypatch, capsys):
         return stopped.value.code or 0, printed.out, printed.err
 
     return run
+
+
+@pytest.fixture
+def coarse(monkeypatch):
+    """Pictures of fewer pixels: most of the time goes into drawing them."""
+    monkeypatch.setitem(LOOK, "figure.dpi", 50)

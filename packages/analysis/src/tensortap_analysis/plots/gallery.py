@@ -72,13 +72,15 @@ def _worst(drawing: Drawing, count: int, errors: Mapping[str, float] | None) -> 
     if hopeless:
         more = f" and {len(hopeless) - 1:,} more" if len(hopeless) > 1 else ""
         drawing.done.left_out.append(f"{hopeless[0]}{more}: every value is NaN or Inf")
+    bare = 0
     for name, step in worst(drawing.found.floating, errors):
         if len(picked) >= count:
             break
         if name in drawing.latest and drawing.latest[name].values != "stats":
             picked.append((name, step))
-        elif len(drawing.done.left_out) < count:
+        elif bare < count:
             drawing.without_values(name)
+            bare += 1
     return picked
 
 
