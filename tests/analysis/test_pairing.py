@@ -94,6 +94,26 @@ def test_two_fused_alike_are_compared_whole_and_two_fused_otherwise_by_parts(tmp
     assert alike.unpaired == other.unpaired == ()
 
 
+def test_each_tensor_has_its_noise_however_the_noise_run_holds_it(tmp_path, split):
+    def of(path, order, error):
+        tensors = [split[OUT.format(word)] + error for word in order]
+        whole = {OUT.format("qkv"): torch.cat(tensors, dim=-1)}
+        return run_of(tmp_path / path, whole, placement=qkv(order))
+
+    ref, noise = of("ref", "qkv", 0.0), of("noise", "qkv", 0.01)
+    parts = run_of(tmp_path / "parts", {name: x + 0.01 for name, x in split.items()})
+    [run] = compare(ref, parts, noise=noise).runs
+    assert sorted(pair.name for pair in run.pairs) == sorted(split)
+    for pair in run.pairs:
+        assert pair.noise.metrics.rmse == pytest.approx(pair.metrics.rmse, rel=1e-3)
+    whole = of("whole", "qkv", 0.02)
+    [pair] = compare(ref, whole, noise=noise).runs[0].pairs
+    assert pair.noise.metrics.rmse == pytest.approx(0.01, rel=1e-3)
+    # A noise run that is cut in another order has the parts, but not the whole as it is here.
+    [pair] = compare(ref, whole, noise=of("otherwise", "vkq", 0.01)).runs[0].pairs
+    assert pair.noise is None
+
+
 def test_a_selected_part_is_compared_alone(tmp_path, split):
     fused = {OUT.format("qkv"): torch.cat(list(split.values()), dim=-1)}
     a = run_of(tmp_path / "a", fused, placement=qkv())
