@@ -8,7 +8,7 @@ arguments. `tensortap.testing.BackendContract` is the test class for it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
@@ -51,6 +51,49 @@ class Backend(Protocol):
 
     def flush(self, reductions: Sequence[Reduction]) -> list[Statistics]:
         """Bring all reductions to the host at once: one synchronisation, one batch of copies."""
+
+
+class DeferredBackend(Backend, Protocol):
+    """A backend whose captures stay on the device until the step is over; `lazy` marks it.
+
+    `reduce` and `snapshot` may return the same object for the same value seen twice.
+    """
+
+    lazy: bool
+    """Have its tensors no values before their graph has run? It is a `LazyBackend` then."""
+
+    def collect(
+        self, reductions: Sequence[Reduction], snapshots: Sequence[Snapshot]
+    ) -> list[Statistics]:
+        """Bring all of it to the host by one transfer; `Snapshot.host` waits for nothing then."""
+
+
+class LazyBackend(DeferredBackend, Protocol):
+    """A backend that only adds to a graph, which is run by whoever synchronises.
+
+    What a step adds must be the same in every step, or its graph is compiled again: the tap
+    captures in steps and on ranks that are not selected as well, and drops that later.
+    """
+
+    def watch(self, ran: Callable[[], None]) -> None:
+        """Call `ran` once, as soon as the graph under way has been run by anybody."""
+
+    def run(self) -> bool:
+        """Run the graph of everything alive; false where running it is forbidden just now."""
+
+    def runs(self) -> int:
+        """How many graphs this process has run, those that a read of a value caused included."""
+
+    def refuse(self) -> str | None:
+        """Why nothing worth keeping can be captured in this process, or `None`."""
+
+
+def lazy_backends(devices: Iterable[torch.device]) -> list[LazyBackend]:
+    """Those of the devices' backends that are lazy; devices nobody serves are left out."""
+    kinds = {device.type for device in devices} - _BUILT_IN.keys()
+    served = [kind for kind in sorted(kinds) if entry_points(group=GROUP, name=kind)]
+    found = [_for_type(kind) for kind in served]
+    return [cast("LazyBackend", backend) for backend in found if getattr(backend, "lazy", False)]
 
 
 def for_device(device: torch.device) -> Backend:

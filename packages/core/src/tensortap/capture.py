@@ -15,9 +15,11 @@ from tensortap.backends import Backend
 from tensortap.choices import Choices
 from tensortap.config import Settings
 from tensortap.coverage import Coverage
+from tensortap.errors import NotSupported
 from tensortap.gradients import Gradients, Sighting
 from tensortap.graphs import outside_graph
 from tensortap.integration import Site
+from tensortap.listener import Listener
 from tensortap.names import interned
 from tensortap.records import Coordinates, FormatInfo, Placement, TensorRecord
 from tensortap.steps import Frame, StepClock
@@ -41,16 +43,16 @@ class Capture:
         clock: StepClock,
         transfer: Transfer,
         coverage: Coverage,
-        failed: Callable[[BaseException], None],
+        listener: Listener,
     ) -> None:
-        """`failed` is told of any exception in here; it decides whether to raise it."""
+        """`listener` is told of any exception in here; it decides whether to raise it."""
         self.clock = clock
         self.coverage = coverage
         self.choices = choices
         self.active = True
         self._exponents = settings.exponents
         self._transfer = transfer
-        self._failed = failed
+        self._listener = listener
         self._on_stopped: Callable[[], None] | None = None
         self._backends: dict[str, Backend] = {}
         self._gradients = Gradients(self._gradient, clock.frame)
@@ -65,6 +67,8 @@ class Capture:
         """Have the first gradient of a forward tell which forward this backward belongs to."""
         self.emit = self.guarded(self._emit)
         """Hand one tensor to the transfer under all its names."""
+        self.settle = self.guarded(transfer.run_graphs)
+        """Run what lazy devices hold, or with `overdue` only what steps left that are over."""
 
     def stop(self, tell: Callable[[], None] | None = None) -> None:
         """Capture nothing from now on; the next call of a site tells why."""
@@ -82,7 +86,7 @@ class Capture:
             try:
                 return act(*args, **kwargs)
             except Exception as failure:  # `failed` reports it; the model must go on.
-                self._failed(failure)
+                self._listener.failed(failure)
                 return None
 
         return outside_graph(guarded)
@@ -141,9 +145,13 @@ class Capture:
                     self._emit(tensor, [seen])
 
     def _mark(self, output: Any, frame: Frame) -> None:
+        leads_on = self.clock.trained
         for _, tensor in tensors_in("output", output):
             if _gets_gradient(tensor):
+                leads_on = True
                 self._gradients.watch(tensor, frame, None)
+        if not leads_on:  # What the caller reads next would run a lazy forward without us.
+            self._transfer.run_graphs()
 
     def _gradient(self, gradient: torch.Tensor, frame: Frame, seen: Sequence[Sighting]) -> None:
         """A watched gradient arrived, of a tensor seen in `frame`."""
@@ -161,7 +169,16 @@ class Capture:
                 self._absent(_name(sighting), reason)
             return
         backend = self._backend(plain.device)
-        reduction = backend.reduce(plain, exponents=self._exponents)
+        if self.clock.every_step and not hasattr(backend, "lazy"):
+            seen = [one for one in seen if self._listener.wants(one.at.step)]
+        if not seen:
+            return
+        try:
+            reduction = backend.reduce(plain, exponents=self._exponents)
+        except NotSupported as refusal:
+            for sighting in seen:
+                self._absent(_name(sighting), str(refusal))
+            return
         for values, group in itertools.groupby(seen, key=lambda sighting: sighting.values):
             stride = _stride(plain.numel()) if values == "sample" else 1
             records = [self._record(plain, tensor, one, stride) for one in group]

@@ -9,9 +9,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tensortap.config import Settings
 from tensortap.errors import ConfigError
-from tensortap.records import RunInfo
+from tensortap.records import RunInfo, TensorRecord
 from tensortap.sinks import TensorSink
 from tensortap.store import RunDirectorySink
 
@@ -21,8 +23,11 @@ _METHODS = ("open", "write", "end_step", "close")
 def destination(given: Any, settings: Settings, info: RunInfo) -> tuple[TensorSink, Path | None]:
     """The sink for `attach`'s second argument, and its directory if that is a run directory.
 
-    Raises `ConfigError` for what is neither a path nor a sink.
+    A rank that is not selected has a sink that keeps nothing: on lazy devices it is tapped as
+    well. Raises `ConfigError` for what is neither a path nor a sink.
     """
+    if info.rank not in settings.ranks:
+        return _Nowhere(), None
     if given is not None and not isinstance(given, (str, os.PathLike)):
         missing = [method for method in _METHODS if not hasattr(given, method)]
         if missing:
@@ -44,6 +49,22 @@ def destination(given: Any, settings: Settings, info: RunInfo) -> tuple[TensorSi
         max_bytes=settings.max_bytes,
     )
     return sink, path
+
+
+class _Nowhere:
+    """A sink that nothing reaches."""
+
+    def open(self, run: RunInfo) -> None:
+        """No run is made."""
+
+    def write(self, record: TensorRecord, payload: torch.Tensor | None) -> None:
+        raise AssertionError(f"{record.name} of a rank that is not selected")
+
+    def end_step(self, step: int) -> None:
+        """Nothing was written."""
+
+    def close(self) -> None:
+        """Nothing was opened."""
 
 
 def _default_run(directory: Path, info: RunInfo) -> Path:

@@ -34,6 +34,7 @@ class Frame:
     rank: int
     eval: bool
     selected: bool
+    """Is anything captured in it? On lazy devices also where nothing of it will be recorded."""
     calls: Counter[str] = field(default_factory=Counter)
     order: list[tuple[str, int]] = field(default_factory=list)
     """Every call of a module in the forward, as it happened."""
@@ -116,13 +117,18 @@ class StepClock:
         steps: Indices,
         begin: Callable[[Frame], None],
         end: Callable[[int, bool], None],
+        every_step: bool = False,
     ) -> None:
-        """`begin(frame)` opens each step; `end(step, selected)` closes it, exactly once each."""
+        """`begin(frame)` opens each step; `end(step, selected)` closes it, exactly once each.
+
+        `every_step`: capture in steps that are not selected as well.
+        """
         self.step = 0
         self.counted = 0
         """Selected steps that ended, those of nothing but evaluation left out."""
         self.opened = 0
         """Forwards of containers seen so far: none means that no hook ever ran."""
+        self.every_step = every_step
         self._rank = rank
         self._steps = steps
         self._begin, self._end = begin, end
@@ -209,7 +215,7 @@ class StepClock:
                 self._ran[root, evaluation],
                 self._rank,
                 evaluation,
-                self.step in self._steps,
+                self.every_step or self.step in self._steps,
             )
             self._ran[root, evaluation] += 1
             self._last = frame
@@ -277,4 +283,4 @@ class StepClock:
             self.counted += self.step in self._steps
         self._ran.clear()
         ended, self.step = self.step, self.step + 1
-        self._end(ended, ended in self._steps)
+        self._end(ended, self.every_step or ended in self._steps)

@@ -24,21 +24,22 @@ from tensortap.config import Settings
 from tensortap.coverage import Coverage, explain_absences
 from tensortap.destination import destination
 from tensortap.discovery import aliases, better, discover
-from tensortap.errors import CaptureError, CaptureWarning, ConfigError
+from tensortap.errors import CaptureError, CaptureWarning, ConfigError, NotSupported
 from tensortap.gradients import Sighting
 from tensortap.hooks import ContainerHooks, ModuleHooks, ancestors
 from tensortap.integration import Integration, Site, SpreadModels
 from tensortap.launch import rank_and_world
+from tensortap.listener import TapListener
 from tensortap.names import TensorName, escape
 from tensortap.observer import TapObserver
 from tensortap.optimizers import watch_optimizers
 from tensortap.outcome import Outcome
 from tensortap.parameters import ParameterHooks
-from tensortap.records import RunInfo, TensorRecord, Values
+from tensortap.records import RunInfo, Values
 from tensortap.runinfo import describe_run
 from tensortap.sinks import CoverageSink, PayloadSink, TensorSink
-from tensortap.steps import StepClock
-from tensortap.targets import mark_tapped, modules_to_tap
+from tensortap.steps import Frame, StepClock
+from tensortap.targets import lazily_run, mark_tapped, modules_to_tap
 from tensortap.transfer import Transfer
 from tensortap.undo import Undo
 from tensortap.wrappers import unwrap
@@ -77,7 +78,7 @@ def attach(
     if settings.enabled and not any(number in settings.ranks for number in range(world)):
         said = f"ranks={settings.ranks.text!r}, but the ranks are 0 to {world - 1}"
         warnings.warn(f"{said}: nothing is captured.", CaptureWarning, stacklevel=2)
-    if settings.enabled and rank in settings.ranks:
+    if settings.enabled and (rank in settings.ranks or lazily_run(model)):
         roots = [unwrap(module) for module in modules_to_tap(model)]
         with Undo() as undo:
             tap._install(roots, sink, (rank, world), undo)
@@ -219,26 +220,41 @@ class Tap:
                 self.coverage.note(escape(again), f"the same module as {first}, captured there")
 
     def _start(self, sink: Any, info: RunInfo, choices: Choices) -> None:
-        """Open the sink and the transfer to it."""
+        """Open the sink and the transfer to it. Raises `NotSupported` where nothing can be kept."""
+        lazy = lazily_run(self._roots)
+        for backend in lazy:
+            reason = backend.refuse()
+            if reason is not None:
+                raise NotSupported(reason)
         self._sink, self.path = destination(sink, self.settings, info)
         self._sink.open(info)
         self._clock = StepClock(
             rank=info.rank,
             steps=self.settings.steps,
-            begin=self._parameters.begin_step,
+            begin=self._begin_step,
             end=self._end_step,
+            every_step=bool(lazy),
         )
         here = bool(self._selected) or choices.selects_any(self._parameters.names())
-        self._outcome = Outcome(self.settings, self.coverage, self._clock, may_be_empty=not here)
+        recorded = info.rank in self.settings.ranks
+        self._outcome = Outcome(
+            self.settings, self.coverage, self._clock, may_be_empty=not (here and recorded)
+        )
+        self._listener = TapListener(
+            self.settings,
+            self.coverage,
+            self._outcome,
+            recorded=recorded,
+            stop=lambda tell: self._capture.stop(tell),
+        )
         self._transfer = Transfer(
             self._sink,
+            self._listener,
             max_pending=self.settings.max_pending,
             on_full=self.settings.on_full,
-            written=self._written,
-            failed=self._stop,
         )
         self._capture = Capture(
-            self.settings, choices, self._clock, self._transfer, self.coverage, self._fail
+            self.settings, choices, self._clock, self._transfer, self.coverage, self._listener
         )
 
     def _hook(self, undo: Undo) -> None:
@@ -261,25 +277,17 @@ class Tap:
         watch_optimizers(parameters, self._clock.optimizers_stepped, undo)
         mark_tapped(self._roots, undo)
 
+    def _begin_step(self, frame: Frame) -> None:
+        if self._capture.active:  # A graph that nobody ran must not grow into this step's.
+            self._capture.settle(overdue=True)
+        self._parameters.begin_step(frame)
+
     def _end_step(self, step: int, selected: bool) -> None:
         if selected and self._capture.active:
             try:
                 self._transfer.end_step(step)
-            except Exception as failure:  # `_fail` reports it; the model must go on.
-                self._fail(failure)
-
-    def _written(self, record: TensorRecord) -> None:
-        self.coverage.captured(str(record.name))
-
-    def _stop(self, failure: BaseException) -> None:
-        """Capturing broke, perhaps in the transfer thread: stop it, and tell at the next hook."""
-        self._outcome.failed(failure)
-        self._capture.stop(self._outcome.report)
-
-    def _fail(self, failure: BaseException) -> None:
-        """Capturing broke in a hook: stop it and tell at once."""
-        self._stop(failure)
-        self._outcome.report()
+            except Exception as failure:  # The listener reports it; the model must go on.
+                self._listener.failed(failure)
 
     def _close_sink(self) -> None:
         try:
@@ -288,7 +296,7 @@ class Tap:
                 self._sink.cover(self.coverage.report(steps=self._clock.counted))
             self._sink.close()
         except Exception as failure:  # The outcome reports it, which comes next.
-            self._stop(failure)
+            self._listener.stopped(failure)
 
     def _at_exit(self) -> None:
         """The interpreter ends without `detach`: the last step is still written."""

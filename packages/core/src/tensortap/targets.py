@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
+from tensortap.backends import LazyBackend, lazy_backends
 from tensortap.errors import AlreadyAttached, ConfigError, NotSupported
 from tensortap.undo import Undo
 
@@ -32,6 +33,18 @@ def modules_to_tap(model: Any) -> list[nn.Module]:
     if not models:
         raise ConfigError("attach() was given an empty list of models.")
     return models
+
+
+def lazily_run(model: Any) -> list[LazyBackend]:
+    """The lazy backends of the devices a model, or a list of models, lies on."""
+    models = model if isinstance(model, (list, tuple)) else [model]
+    tensors = (
+        tensor
+        for module in models
+        if isinstance(module, nn.Module)
+        for tensor in (*module.parameters(), *module.buffers())
+    )
+    return lazy_backends({tensor.device for tensor in tensors})
 
 
 def mark_tapped(roots: Iterable[nn.Module], undo: Undo) -> None:

@@ -1,22 +1,26 @@
 """Device -> host -> sink: bounded, asynchronous, accounted for.
 
 Hooks hand in records; one thread waits for their copies and writes them to the sink in order.
-`max_pending` bounds the host memory of payloads in flight.
+`max_pending` bounds the host memory of payloads in flight. Captures of deferred and lazy
+backends are held first, until all of a step can come to the host at once.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import cast
 
 import torch
 
 from tensortap.arena import HostArena, rounded
-from tensortap.backends import Backend, Reduction, Snapshot
+from tensortap.backends import Backend, DeferredBackend, Reduction
 from tensortap.config import OnFull
 from tensortap.errors import CaptureError
+from tensortap.held import Holder, Item, StepEnd
+from tensortap.listener import Listener
 from tensortap.records import TensorRecord
 from tensortap.sinks import TensorSink
 
@@ -27,42 +31,20 @@ _MOST_WAITING = 1 << 16
 """Records waiting for a sink that is slower than the model; some 60 MiB without payloads."""
 
 
-@dataclass(slots=True)
-class _Item:
-    """One tensor on its way under one or more names; without `snapshot` statistics only."""
-
-    records: Sequence[TensorRecord]
-    backend: Backend
-    reduction: Reduction
-    snapshot: Snapshot | None = None
-    buffer: torch.Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _StepEnd:
-    step: int
-
-
 class Transfer:
     """Owns the sink after `open`: only the transfer thread writes to it."""
 
     def __init__(
-        self,
-        sink: TensorSink,
-        *,
-        max_pending: int,
-        on_full: OnFull,
-        written: Callable[[TensorRecord], None],
-        failed: Callable[[BaseException], None],
+        self, sink: TensorSink, listener: Listener, *, max_pending: int, on_full: OnFull
     ) -> None:
-        """`written` and `failed` are called from the transfer thread, `failed` at most once."""
         self.arena = HostArena(max_pending)
         self.failure: BaseException | None = None
         self._sink = sink
         self._on_full = on_full
-        self._written, self._failed = written, failed
-        self._statistics: list[_Item] = []
-        self._queue: deque[_Item | _StepEnd | None] = deque()
+        self._listener = listener
+        self._statistics: list[Item] = []
+        self._holders: dict[int, Holder] = {}
+        self._queue: deque[Item | StepEnd | None] = deque()
         self._ready = threading.Condition()
         self._busy = False
         self._hand_in = threading.Lock()
@@ -73,8 +55,12 @@ class Transfer:
         self, records: Sequence[TensorRecord], backend: Backend, reduction: Reduction
     ) -> None:
         """Hand in a tensor without payload; it is written at the end of its step."""
+        holder = self._holder(backend)
+        if holder is not None:
+            holder.add(Item(records, backend, reduction))
+            return
         with self._hand_in:
-            self._statistics.append(_Item(records, backend, reduction))
+            self._statistics.append(Item(records, backend, reduction))
             if len(self._statistics) >= _STATISTICS_AT_ONCE:
                 self._resolve()
 
@@ -91,7 +77,12 @@ class Transfer:
         """
         stride = records[0].stride
         if rounded(-(-tensor.numel() // stride) * tensor.element_size()) > self.arena.limit:
-            return self._borrow(_Item(records, backend, reduction), tensor)
+            return self._borrow(Item(records, backend, reduction), tensor)
+        holder = self._holder(backend)
+        if holder is not None:
+            snapshot = backend.snapshot(tensor, _no_room, stride=stride)
+            holder.add(Item(records, backend, reduction, snapshot))
+            return None
         taken: list[torch.Tensor] = []
 
         def allocate(nbytes: int) -> torch.Tensor:
@@ -105,10 +96,10 @@ class Transfer:
             snapshot = backend.snapshot(tensor, allocate, stride=stride)
         except _Full:
             return "sink error" if self.failure else "dropped: max_pending was full"
-        self._put(_Item(records, backend, reduction, snapshot, taken[0] if taken else None))
+        self._put(Item(records, backend, reduction, snapshot, taken[0] if taken else None))
         return None
 
-    def _borrow(self, item: _Item, tensor: torch.Tensor) -> str | None:
+    def _borrow(self, item: Item, tensor: torch.Tensor) -> str | None:
         """A tensor larger than the whole budget is written from its own memory, in the hook."""
         if tensor.device.type != "cpu" or not tensor.is_contiguous() or item.records[0].stride > 1:
             return f"dropped: {tensor.nbytes} bytes are more than max_pending; raise it"
@@ -117,6 +108,25 @@ class Transfer:
         self.drain()
         return None
 
+    def _holder(self, backend: Backend) -> Holder | None:
+        """Who holds what the backend captures; `None` where nothing is deferred."""
+        if not hasattr(backend, "lazy"):
+            return None
+        if id(backend) not in self._holders:
+            self._holders[id(backend)] = Holder(
+                cast(DeferredBackend, backend),
+                self.arena,
+                self._listener,
+                put=self._put,
+                may_wait=self._may_wait,
+            )
+        return self._holders[id(backend)]
+
+    def run_graphs(self, *, overdue: bool = False) -> None:
+        """Run what lazy backends hold, or only what is left of steps that are over."""
+        for holder in self._holders.values():
+            holder.run(overdue=overdue)
+
     def _may_wait(self) -> bool:
         return self._on_full == "wait" and self.failure is None and self._thread.is_alive()
 
@@ -124,7 +134,9 @@ class Transfer:
         """Resolve the statistics of the step in one batch and hand them in."""
         with self._hand_in:
             self._resolve()
-        self._put(_StepEnd(step))
+        held = [holder.end_step(step) for holder in self._holders.values()]
+        if not any(held) and self._listener.wants(step):
+            self._put(StepEnd(step))
 
     def _resolve(self) -> None:
         items, self._statistics = self._statistics, []
@@ -135,7 +147,7 @@ class Transfer:
                 item.records = [replace(record, stats=stats) for record in item.records]
         self._put(*items)
 
-    def _put(self, *items: _Item | _StepEnd | None) -> None:
+    def _put(self, *items: Item | StepEnd | None) -> None:
         with self._ready:
             while len(self._queue) > _MOST_WAITING and self._may_wait():
                 self._ready.wait(timeout=0.5)
@@ -153,6 +165,8 @@ class Transfer:
         try:
             with self._hand_in:
                 self._resolve()
+            for holder in self._holders.values():
+                holder.finish()
         finally:
             self._put(None)
             self._thread.join()
@@ -166,7 +180,7 @@ class Transfer:
                 self._busy = True
             if item is not None and self.failure is None:
                 self._try(item)
-            if isinstance(item, _Item) and item.buffer is not None:
+            if isinstance(item, Item) and item.buffer is not None:
                 self.arena.give(item.buffer)
             with self._ready:
                 self._busy = False
@@ -174,26 +188,31 @@ class Transfer:
             if item is None:
                 return
 
-    def _try(self, item: _Item | _StepEnd) -> None:
+    def _try(self, item: Item | StepEnd) -> None:
         """A sink may raise anything: the training run must not die of it, but must be told."""
         try:
-            if isinstance(item, _StepEnd):
+            if isinstance(item, StepEnd):
                 self._sink.end_step(item.step)
             else:
                 self._write(item)
         except BaseException as failure:
             self.failure = failure
-            self._failed(failure)
+            self._listener.stopped(failure)
             self.arena.wake()
 
-    def _write(self, item: _Item) -> None:
+    def _write(self, item: Item) -> None:
         payload = item.snapshot.host() if item.snapshot else None
         if item.records[0].stats is None:
             [stats] = item.backend.flush([item.reduction])
             item.records = [replace(record, stats=stats) for record in item.records]
         for record in item.records:
             self._sink.write(record, payload)
-            self._written(record)
+            self._listener.written(record)
+
+
+def _no_room(nbytes: int) -> torch.Tensor:
+    """Deferred backends copy within the device; host memory is found when it is needed."""
+    raise AssertionError("a deferred backend asked for host memory in a hook")
 
 
 class _Full(CaptureError):
