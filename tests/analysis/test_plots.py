@@ -140,6 +140,16 @@ def test_a_run_of_statistics_is_drawn_as_far_as_it_goes_and_says_what_is_missing
     assert_is_a_picture(tmp_path / "out" / "quick_analysis.png")
 
 
+def test_an_interrupted_run_is_drawn_and_said_to_be_incomplete(cli, tmp_path):
+    run = write_run(tmp_path / "run", {"a/forward/output": torch.randn(4, 8)})
+    state = run / "rank00000" / "rank.json"
+    state.write_text(state.read_text().replace('"closed"', '"writing"'))
+    code, out, error = cli("plot", run, "--out", tmp_path / "out", "--json")
+    assert code == 0
+    assert "incomplete: " in error
+    assert "interrupted" in json.loads(out)["problems"][0]
+
+
 def test_pictures_never_overwrite_what_is_there(cli, trained, tmp_path):
     (tmp_path / "note.txt").write_text("mine")
     code, _, error = cli("plot", trained, "--out", tmp_path)

@@ -1,8 +1,8 @@
-"""Progress bars on stderr; nothing is printed where nobody watches."""
+"""What commands say on stderr: progress bars where somebody watches, and warnings."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -15,6 +15,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+_PROBLEMS = 10
 
 
 @contextmanager
@@ -40,3 +42,12 @@ def _shown(columns: tuple[object, ...]) -> Progress:
     hidden = not console.is_terminal
     text = TextColumn("{task.description}")
     return Progress(text, *columns, console=console, transient=True, disable=hidden)  # type: ignore[arg-type]
+
+
+def warn_incomplete(problems: Sequence[str]) -> None:
+    """Say what a run lacks, in yellow; nothing where it is whole."""
+    console = Console(stderr=True, soft_wrap=True)
+    for problem in problems[:_PROBLEMS]:
+        console.print(f"incomplete: {problem}", style="yellow", highlight=False, markup=False)
+    if len(problems) > _PROBLEMS:
+        console.print(f"incomplete: and {len(problems) - _PROBLEMS:,} more", style="yellow")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from tensortap_analysis.progress import told
+from tensortap_analysis.progress import told, warn_incomplete
 
 if TYPE_CHECKING:
     from tensortap_analysis.plots.gallery import Plotted
@@ -68,6 +68,7 @@ def plot(
         _print_json(done)
     else:
         _print(done, out)
+    warn_incomplete(done.problems)
     raise typer.Exit(1 if done.failed else 0)
 
 
@@ -76,6 +77,7 @@ def _print_json(done: Plotted) -> None:
         "files": [str(path) for path in done.files],
         "left_out": done.left_out,
         "failed": done.failed,
+        "problems": done.problems,
     }
     sys.stdout.write(json.dumps(listed, indent=2) + "\n")
 

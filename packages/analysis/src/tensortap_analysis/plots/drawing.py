@@ -21,12 +21,13 @@ Progress = Callable[[str], None]
 @dataclass(slots=True)
 class Plotted:
     """What was written; `left_out` says what could not be drawn for want of captured values,
-    `failed` what could not be read.
+    `failed` what could not be read, `problems` what the runs themselves lack.
     """
 
     files: list[Path] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

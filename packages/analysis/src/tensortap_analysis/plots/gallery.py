@@ -62,6 +62,8 @@ def plot(
             draw_rounded(drawing, at_moments(run, moments[:6]) if chosen is None else single)
         else:
             draw_compared(drawing, against, single)
+    runs = (run,) if against is None else (run, against)
+    drawing.done.problems += [problem for one in runs for problem in one.problems]
     return drawing.done
 
 

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from tensortap.errors import ConfigError, RunError
-from tensortap_analysis.progress import told
+from tensortap_analysis.progress import told, warn_incomplete
 from tensortap_analysis.whatif.files import document, writer
 from tensortap_analysis.whatif.judging import FORMATS, WhatIf, what_if
 from tensortap_analysis.whatif.tables import show
@@ -64,14 +63,8 @@ def formats(
         sys.stdout.write(json.dumps(document(found, threshold_db), indent=2) + "\n")
     else:
         show(found, wanted, threshold_db, limit)
-    _warn(found)
+    warn_incomplete(found.problems)
     raise typer.Exit(1 if _unjudged(found) else 0)
-
-
-def _warn(found: WhatIf) -> None:
-    console = Console(stderr=True, soft_wrap=True)
-    for problem in found.problems:
-        console.print(f"incomplete: {problem}", style="yellow", highlight=False, markup=False)
 
 
 def _unjudged(found: WhatIf) -> list[str]:
