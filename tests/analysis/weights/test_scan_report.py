@@ -11,8 +11,10 @@ from tests.analysis.weights.checkpoints import safetensors_folder, small_state
 from tensortap import formats
 from tensortap.errors import ConfigError
 from tensortap_analysis.weights import Options, ScanResult, Scope
+from tensortap_analysis.weights.drift import alerts, overall_alerts, track
 from tensortap_analysis.weights.health import health
 from tensortap_analysis.weights.report import histograms, write_scan_report
+from tensortap_analysis.weights.report.drift_page import write_drift_report
 from tensortap_analysis.weights.report.spread import worst_layers
 
 HOSTILE = "x.<img src=x onerror=hacked=1></script><script>hacked=1</script>"
@@ -166,9 +168,48 @@ def test_a_name_that_cannot_be_written_is_said(folder, tmp_path, name):
         write_scan_report(tmp_path / name, result, health(result))
 
 
+@pytest.fixture
+def checkpoints(tmp_path):
+    """Three of one model: one layer doubles at each step, another does not move."""
+    torch.manual_seed(0)
+    state, paths = small_state(layers=2), []
+    for step in range(3):
+        state["lm_head.weight"] = state["lm_head.weight"] * 2
+        state["model.layers.0.mlp.up_proj.weight"] = torch.randn(64, 16)
+        paths.append(safetensors_folder(tmp_path / f"step{step}", state))
+    return paths
+
+
+def drifted(checkpoints, out):
+    steps = track([Scope(path) for path in checkpoints])
+    issues = [*(alerts(step) for step in steps), overall_alerts(steps)]
+    write_drift_report(out, steps, issues)
+    return steps, issues, out.read_text()
+
+
+def test_drift_shows_every_weight_at_every_step(checkpoints, tmp_path):
+    steps, issues, page = drifted(checkpoints, tmp_path / "d.html")
+    found = blocks(page)
+    rows = {(row[0], row[1]): row for row in found["tensors-data"]["rows"]}
+    assert set(rows) == {(layer, step) for step in (1, 2) for layer in steps[0].layers}
+    assert rows["lm_head", 2][4] == 2.0
+    [heat] = found["changes-data"]["data"]
+    assert heat["z"][heat["y"].index("lm_head")] == pytest.approx([0, 0], abs=1e-9)
+    assert heat["z"][heat["y"].index("model.embed_tokens")] == [None, None]
+    lines = {line["name"]: line["y"] for line in found["norms-data"]["data"]}
+    assert lines["lm_head"] == pytest.approx([1, 2, 4])
+    assert any(issue.cause.split(":")[0] in page for some in issues for issue in some)
+
+
+def test_two_checkpoints_that_are_equal_make_a_report(checkpoints, tmp_path):
+    _, _, page = drifted([checkpoints[0], checkpoints[0]], tmp_path / "d.html")
+    assert "changes-data" not in blocks(page)
+    assert "norms-data" in blocks(page)
+
+
 @pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromium-driver")
 @pytest.mark.xdist_group("chromium")
-def test_a_browser_shows_it_without_an_error(folder, tmp_path):
+def test_a_browser_shows_them_without_an_error(folder, checkpoints, tmp_path):
     written(folder, tmp_path / "r.html", full_spectrum=True)
     with chromium() as browser:
         browser.console()
@@ -180,3 +221,7 @@ def test_a_browser_shows_it_without_an_error(folder, tmp_path):
         browser.type("#search", "lm_head")
         rows = "return document.querySelectorAll('#tensors-table tbody tr').length"
         assert browser.script(rows) == 1
+        drifted(checkpoints, tmp_path / "d.html")
+        browser.open(tmp_path / "d.html")
+        assert browser.console() == []
+        assert browser.script(drawn) >= 2 * 2

@@ -52,6 +52,9 @@ def diff_weights(
         str | None, typer.Option(help="Exit 1 on an alert of critical, warning or info.")
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the drift to this .png file.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a report that opens in a browser, with charts.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Save everything to this .json file.")] = None,
     limit: Annotated[int, typer.Option(min=0, help="Lines to print; 0 prints all.")] = 60,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
@@ -65,6 +68,11 @@ def diff_weights(
     check_fail_on(fail_on)
     if plot is not None and plot.suffix != ".png":
         raise ConfigError(f"--plot {plot}: the file must end in .png.")
+    if html is not None:
+        # plotly takes a while to import, and tables do not need it.
+        from tensortap_analysis.weights.report.page import target
+
+        target(html)
     words, workers = workers_of(models, parallel)
     if len(words) < 2:
         raise ConfigError("diff-weights needs two checkpoints: tensortap diff-weights A B.")
@@ -76,6 +84,10 @@ def diff_weights(
     issues = [alerts(step, preset, limits) for step in steps]
     issues.append(overall_alerts(steps, preset, limits))
     _write(steps, issues, plot, output)
+    if html is not None:
+        from tensortap_analysis.weights.report.drift_page import write_drift_report
+
+        write_drift_report(html, steps, issues)
     if as_json:
         sys.stdout.write(json.dumps(_document(steps, issues), indent=1) + "\n")
     else:

@@ -15,11 +15,11 @@ from tensortap_analysis.report.searching import Column, searched
 from tensortap_analysis.report.shell import document
 from tensortap_analysis.weights.health import Health
 from tensortap_analysis.weights.report import charts, spread
+from tensortap_analysis.weights.report.sections import cards, issue_table, sentence
 from tensortap_analysis.weights.report.spread import Histogram
 from tensortap_analysis.weights.result import ScanResult
-from tensortap_analysis.weights.sources import Skipped
 
-_ISSUES, _LINES, _ROWS = 200, 40, 20_000
+_LINES, _ROWS = 40, 20_000
 _KINDS = {"good": "good", "improve": "", "do not deploy": "bad"}
 _COLUMNS: tuple[tuple[str, str, str, str], ...] = (
     ("condition", "spectral", "condition_number", "Largest over smallest singular value"),
@@ -90,11 +90,6 @@ def _summary(result: ScanResult, found: Health) -> Html:
         (f"{len(result.vectors):,}", "vectors", ""),
         (f"{result.parameters:,}", "values", ""),
     ]  # fmt: skip
-    cards = [
-        tag("div", tag("p", value, class_="verdict"), tag("p", word, class_="quiet"),
-            class_=f"card small {kind}".strip())
-        for value, word, kind in facts
-    ]  # fmt: skip
     notices = list(result.notes)
     if found.unmeasured:
         notices.append(f"Not measured, and so not judged: {', '.join(found.unmeasured)}.")
@@ -103,7 +98,7 @@ def _summary(result: ScanResult, found: Health) -> Html:
             f"The dtype cannot resolve the condition numbers of {found.unresolved:,} of "
             f"{found.layers:,} layers."
         )
-    parts: list[str] = [tag("div", *cards, class_="cards")]
+    parts: list[str] = [cards(facts)]
     if notices:
         parts.append(tag("div", tag("h3", "Notes"), listing(notices, _LINES), class_="notice"))
     return join(parts)
@@ -111,18 +106,7 @@ def _summary(result: ScanResult, found: Health) -> Html:
 
 def _issues(found: Health) -> Html:
     issues = found.at_least("info")
-    if not issues:
-        return tag("p", "Nothing is wrong, by these rules.")
-    head = tag("tr", *(tag("th", word, scope="col")
-                       for word in ("severity", "layer", "what", "what to do")))  # fmt: skip
-    rows = [
-        tag("tr", *(tag("td", word, class_="word")
-                    for word in (one.severity, one.layer, one.cause, one.remedy)))
-        for one in issues[:_ISSUES]
-    ]  # fmt: skip
-    table = tag("table", tag("thead", head), tag("tbody", *rows))
-    cut = f"The worst {_ISSUES} of {len(issues):,}." if len(issues) > _ISSUES else ""
-    return join((tag("p", cut, class_="says"), tag("div", table, class_="scroll")))
+    return issue_table(issues) if issues else tag("p", "Nothing is wrong, by these rules.")
 
 
 def _layers(result: ScanResult) -> Html:
@@ -152,9 +136,4 @@ def _row(
 
 
 def _left_out(result: ScanResult) -> Html:
-    return listing(map(_sentence, result.skipped), _LINES, "more, in the saved scan")
-
-
-def _sentence(one: Skipped) -> str:
-    method = f" ({one.method})" if one.method else ""
-    return f"{one.name}{method}: {one.reason}"
+    return listing(map(sentence, result.skipped), _LINES, "more, in the saved scan")
