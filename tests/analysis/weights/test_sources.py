@@ -1,6 +1,8 @@
 import json
 import os
+import pickle
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from tests.analysis.weights.checkpoints import (
     small_state,
 )
 from torch import nn
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tensortap_analysis.weights import CheckpointError, Scope
@@ -251,3 +254,64 @@ def test_a_checkpoint_without_weights_is_an_error(tmp_path):
 def test_a_parameter_named_as_another_module_keeps_its_whole_name(tmp_path):
     save_file({"a": torch.ones(2, 2), "a.weight": torch.ones(2, 3)}, tmp_path / "x.safetensors")
     assert set(by_layer(tmp_path / "x.safetensors")) == {"a", "a.weight"}
+
+
+def test_a_folder_of_models_names_those_below_and_one_of_many_files_those_beside(tmp_path):
+    for name in ("unet", "vae"):
+        safetensors_folder(tmp_path / name, small_state(1))
+    with pytest.raises(CheckpointError, match=r"Scan one of: unet/, vae/\."):
+        Scope(tmp_path)
+    for name in ("a.pt", "b.pt"):
+        torch.save(small_state(1), tmp_path / name)
+    with pytest.raises(CheckpointError, match=r"Scan one of: a\.pt, b\.pt\."):
+        Scope(tmp_path)
+
+
+def test_layers_that_megatron_stacks_are_weights_of_their_own(tmp_path):
+    stacked, alone = torch.randn(3, 8, 4), torch.randn(6, 4)
+    state = {
+        "embedding.word_embeddings.weight": alone,
+        "decoder.layers.mlp.linear_fc1.weight": stacked,
+        "decoder.layers.mlp.linear_fc1.layer_norm_weight": torch.ones(3, 4),
+        "decoder.layers.mlp.experts.linear_fc2.weight": torch.randn(3, 2, 4, 8),
+        "decoder.final_layernorm.weight": torch.ones(4),
+    }
+    folder = tmp_path / "iter_0000007"
+    dcp.save(state, checkpoint_id=folder, no_dist=True)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("7\n")
+    found = by_layer(tmp_path)
+    layer = ["mlp.linear_fc1", "mlp.linear_fc1.layer_norm_weight", "mlp.experts.linear_fc2"]
+    assert list(found) == [
+        "embedding.word_embeddings",
+        *(f"decoder.layers.{n}.{word}" for n in range(3) for word in layer),
+        "decoder.final_layernorm",
+    ]
+    assert torch.equal(found["decoder.layers.2.mlp.linear_fc1"].read(), stacked[2])
+    assert found["decoder.layers.0.mlp.linear_fc1.layer_norm_weight"].kind == "vector"
+    assert found["decoder.layers.1.mlp.experts.linear_fc2"].kind == "experts"
+
+
+def test_chunks_of_several_ranks_are_put_together(tmp_path):
+    whole = torch.arange(6 * 4.0).view(6, 4)
+    folder = tmp_path / "c"
+    dcp.save({"a.weight": whole[:3].contiguous()}, checkpoint_id=folder, no_dist=True)
+    dcp.save({"a.weight": whole[3:].contiguous()}, checkpoint_id=tmp_path / "d", no_dist=True)
+    [file] = folder.glob("*.distcp")
+    [other] = (tmp_path / "d").glob("*.distcp")
+    shutil.copy(other, folder / "__1_0.distcp")
+    content = pickle.loads((folder / ".metadata").read_bytes())
+    facts = content.state_dict_metadata["a.weight"]
+    facts.size = torch.Size([6, 4])
+    facts.chunks = [
+        ChunkStorageMetadata(torch.Size([start, 0]), torch.Size([3, 4])) for start in (0, 3)
+    ]
+    [place] = content.storage_data.values()
+    content.storage_data = {
+        MetadataIndex("a.weight", torch.Size([0, 0])): place,
+        MetadataIndex("a.weight", torch.Size([3, 0])): replace(
+            place, relative_path="__1_0.distcp", length=other.stat().st_size
+        ),
+    }
+    (folder / ".metadata").write_bytes(pickle.dumps(content))
+    assert_same(read(folder), {"a.weight": whole})
+    assert file.exists()

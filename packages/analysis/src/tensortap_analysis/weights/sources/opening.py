@@ -65,11 +65,17 @@ def _folder(path: Path) -> Listing:
     named = sorted(one for one in path.iterdir() if one.suffix in _STATE_DICTS and one.is_file())
     if len(named) == 1:
         return state_dict.listing(named[0])
-    several = f": {', '.join(one.name for one in named[:5])}; scan one of them" if named else ""
     raise CheckpointError(
-        f"{path} holds no checkpoint that is known (safetensors, a Hugging Face folder, a "
-        f"distributed checkpoint) but {len(named)} files of torch.save{several}."
+        f"{path} holds no checkpoint that is known: safetensors, a Hugging Face folder, a "
+        f"distributed or Megatron checkpoint, one file of torch.save.{_hint(path, named)}"
     )
+
+
+def _hint(path: Path, named: Sequence[Path]) -> str:
+    """What else could have been meant: one of several files, or a folder below."""
+    below = sorted({one.parent.name for one in path.glob("*/*.safetensors")})
+    found = [one.name for one in named] or [f"{name}/" for name in below]
+    return f" Scan one of: {', '.join(found[:8])}." if found else ""
 
 
 def _file(path: Path) -> Listing:
