@@ -161,9 +161,25 @@ def spectra_line(weight: torch.Tensor, threads: int) -> str:
 
     times = best([ours, lambda: plainly(1), lambda: plainly(threads)], 3)
     exact = plainly(threads)
-    error = float(((torch.tensor(ours()) - exact).abs() / exact).max())
+    error = float(((torch.tensor(ours(), dtype=torch.float64) - exact).abs() / exact).max())
     cells = "".join(f"{spent * 1e3:10.1f}" for spent in times)
     return f"{cells}{times[1] / times[0]:9.2f}x{error:10.1e}"
+
+
+def spectra_of_file(folder: Path, workers: int) -> None:
+    """All matrices of two layers of GPT-2, on all cores: several at once, or one after another."""
+    path = folder / "spectra.safetensors"
+    shapes = {f"h.{n}.{name}": shape for n in range(2) for name, shape in BLOCK.items()}
+    save_file({f"{name}.weight": torch.randn(shape) for name, shape in shapes.items()}, path)
+
+    def plainly() -> None:
+        torch.set_num_threads(workers)
+        for weight in load_file(path).values():
+            torch.linalg.svdvals(weight.double())
+
+    ours, theirs = best([scan(path, ["spectral"], False, workers), plainly], 3)
+    print(f"two layers of GPT-2 on {workers} cores: ours {ours * 1e3:.0f} ms, svdvals "
+          f"{theirs * 1e3:.0f} ms, {theirs / ours:.2f}x", flush=True)  # fmt: skip
 
 
 def whole_plainly(folder: Path) -> None:
@@ -228,6 +244,7 @@ def main() -> None:
         folder = Path(scratch)
         values_table(folder, 64 if options.quick else 512, workers)
         spectra_table(workers, options.quick)
+        spectra_of_file(folder, workers)
         folder_table(folder, 1 if options.quick else 12, workers, options.peer_python)
 
 
