@@ -126,6 +126,15 @@ def test_select_draws_all_it_names(tmp_path):
     assert drawn == {f"{name.replace('/', '__')}__step_0.png" for name in names}
 
 
+def test_a_pattern_that_matches_nothing_beside_others_is_a_warning(cli, tmp_path):
+    run = write_run(tmp_path / "run", {"layers.1/forward/output": torch.randn(4, 8)})
+    select = "layers.1/*,layers.23/forward/output"
+    said = "warning: the pattern 'layers.23/forward/output' matches nothing in "
+    for arguments in (("plot", run, "--out", tmp_path / "out"), ("formats", run), ("show", run)):
+        code, _, error = cli(*arguments, "--select", select)
+        assert (code, error.strip().startswith(said)) == (0, True)
+
+
 def test_a_run_of_statistics_is_drawn_as_far_as_it_goes_and_says_what_is_missing(cli, tmp_path):
     words = ("attn.core/forward/query", "attn.core/forward/key", "mlp.up/grad/weight")
     names = [f"layers.{layer}.{word}" for layer in (0, 1) for word in words]
@@ -146,7 +155,7 @@ def test_an_interrupted_run_is_drawn_and_said_to_be_incomplete(cli, tmp_path):
     state.write_text(state.read_text().replace('"closed"', '"writing"'))
     code, out, error = cli("plot", run, "--out", tmp_path / "out", "--json")
     assert code == 0
-    assert "incomplete: " in error
+    assert "warning: " in error
     assert "interrupted" in json.loads(out)["problems"][0]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -16,7 +16,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-_PROBLEMS = 10
+from tensortap.store import Run
+
+_WARNINGS = 10
 
 
 @contextmanager
@@ -44,10 +46,18 @@ def _shown(columns: tuple[object, ...]) -> Progress:
     return Progress(text, *columns, console=console, transient=True, disable=hidden)  # type: ignore[arg-type]
 
 
-def warn_incomplete(problems: Sequence[str]) -> None:
-    """Say what a run lacks, in yellow; nothing where it is whole."""
+def warn(lines: Sequence[str]) -> None:
+    """Say what a run lacks, or what else deserves a look, in yellow."""
     console = Console(stderr=True, soft_wrap=True)
-    for problem in problems[:_PROBLEMS]:
-        console.print(f"incomplete: {problem}", style="yellow", highlight=False, markup=False)
-    if len(problems) > _PROBLEMS:
-        console.print(f"incomplete: and {len(problems) - _PROBLEMS:,} more", style="yellow")
+    for line in lines[:_WARNINGS]:
+        console.print(f"warning: {line}", style="yellow", highlight=False, markup=False)
+    if len(lines) > _WARNINGS:
+        console.print(f"warning: and {len(lines) - _WARNINGS:,} more", style="yellow")
+
+
+def unmatched(run: Run, select: str | Iterable[str]) -> list[str]:
+    """A sentence for each pattern that matches nothing among others that do."""
+    return [
+        f"the pattern {pattern!r} matches nothing in {run.path}"
+        for pattern in run.unmatched(select)
+    ]

@@ -85,6 +85,7 @@ def show(
             )
         more = sum(1 for _ in records)
         parts = _selected_parts(opened, select)
+        _warn_of_dead(opened, select)
         if as_json:
             tensors = [encode_record(record) for record in shown]
             found = {"tensors": tensors, "not_shown": more, "parts": parts}
@@ -96,6 +97,13 @@ def show(
             _out.print(f"{part} is a part of {fused}", highlight=False, markup=False)
         if more:
             _out.print(f"… and {more:,} more: narrow --select or --step, or raise --limit.")
+
+
+def _warn_of_dead(run: Run, select: str) -> None:
+    """A pattern that matches nothing among others that do is most likely a typo."""
+    for pattern in run.unmatched(select):
+        line = f"warning: the pattern {pattern!r} matches nothing in {run.path}"
+        _err.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 def _selected_parts(run: Run, select: str) -> dict[str, str]:
@@ -210,6 +218,7 @@ def export_run(
     """Write a run in another file layout; exit 1 when some records could not be written."""
     with open_run(run) as opened, _progress("exporting") as progress:
         moved = layout(name).export(opened, out, select, progress)
+        _warn_of_dead(opened, select)
     _print_moved(f"{moved.records:,} records in {moved.files:,} files: {out}", moved, as_json)
 
 

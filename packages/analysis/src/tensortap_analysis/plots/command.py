@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from tensortap_analysis.progress import told, warn_incomplete
+from tensortap_analysis.progress import told, warn
 
 if TYPE_CHECKING:
     from tensortap_analysis.plots.gallery import Plotted
@@ -68,7 +68,7 @@ def plot(
         _print_json(done)
     else:
         _print(done, out)
-    warn_incomplete(done.problems)
+    warn(done.problems)
     raise typer.Exit(1 if done.failed else 0)
 
 

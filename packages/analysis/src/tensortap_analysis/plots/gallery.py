@@ -17,6 +17,7 @@ from tensortap_analysis.plots.singles import draw_layers, draw_singles
 from tensortap_analysis.plots.style import look
 from tensortap_analysis.plots.summaries import draw_summaries
 from tensortap_analysis.plots.survey import nothing_finite, survey, worst
+from tensortap_analysis.progress import unmatched
 
 __all__ = ["Plotted", "plot"]
 
@@ -64,6 +65,7 @@ def plot(
             draw_compared(drawing, against, single)
     runs = (run,) if against is None else (run, against)
     drawing.done.problems += [problem for one in runs for problem in one.problems]
+    drawing.done.problems += [] if select is None else unmatched(run, select)
     return drawing.done
 
 

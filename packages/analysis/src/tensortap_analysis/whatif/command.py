@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from tensortap.errors import ConfigError, RunError
-from tensortap_analysis.progress import told, warn_incomplete
+from tensortap_analysis.progress import told, warn
 from tensortap_analysis.whatif.files import document, writer
 from tensortap_analysis.whatif.judging import FORMATS, WhatIf, what_if
 from tensortap_analysis.whatif.tables import show
@@ -63,7 +63,7 @@ def formats(
         sys.stdout.write(json.dumps(document(found, threshold_db), indent=2) + "\n")
     else:
         show(found, wanted, threshold_db, limit)
-    warn_incomplete(found.problems)
+    warn(found.problems)
     raise typer.Exit(1 if _unjudged(found) else 0)
 
 

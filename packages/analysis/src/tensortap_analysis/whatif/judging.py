@@ -16,6 +16,7 @@ from tensortap.store import Run
 from tensortap.store.logical import LogicalTensor
 from tensortap_analysis.boxes import boxes
 from tensortap_analysis.moments import Captured, captured
+from tensortap_analysis.progress import unmatched
 from tensortap_analysis.rounding import is_mask
 from tensortap_analysis.sources import Source, label, opened
 from tensortap_analysis.whatif.estimate import estimate
@@ -53,7 +54,7 @@ class Expected:
 class WhatIf:
     """Rows by tensor, then format; `skipped` says of what there is none, and why.
 
-    `problems` are those of the run: what an incomplete one lacks is in no row.
+    `problems` are those of the run, and patterns of the selection that match nothing.
     """
 
     rows: tuple[Expected, ...]
@@ -95,7 +96,8 @@ def what_if(
         for done, tensor in enumerate(captured(readable, select, step=step), start=1):
             survey.add(tensor)
             progress(done)
-        return replace(survey.result(), problems=tuple(readable.problems))
+        problems = (*readable.problems, *unmatched(readable, select))
+        return replace(survey.result(), problems=problems)
 
 
 def _require_step(run: Run, step: int | None, path: str) -> None:

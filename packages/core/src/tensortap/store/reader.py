@@ -14,6 +14,7 @@ import torch
 from tensortap.errors import NotSupported, RunCorrupt, RunError
 from tensortap.names import TensorName
 from tensortap.records import RunInfo, TensorRecord
+from tensortap.selection import Selection
 from tensortap.store.condition import run_problems
 from tensortap.store.documents import decode_info, read_document
 from tensortap.store.layout import COVERAGE, RUN
@@ -134,6 +135,10 @@ class Run:
         selection = self._ranks.selection(select)
         self._ranks.chosen(rank)  # A rank that is not there is said now, not at the first record.
         return self._ranks.walk(query, selection)
+
+    def unmatched(self, select: str | Iterable[str]) -> list[str]:
+        """Patterns of a selection that match no name of the run, nor that of a part."""
+        return Selection.parse(select).dead([*self.names(), *self.part_names()], ())
 
     def table(
         self,
