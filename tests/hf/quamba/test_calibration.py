@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tensortap.errors import AlreadyAttached, ConfigError
+from tensortap.errors import AlreadyAttached, ConfigError, NotSupported
 from tensortap_hf import modes, quamba
 from tensortap_hf.quamba import hadamard
 
@@ -147,3 +147,22 @@ def test_a_model_in_a_mode_is_not_calibrated(mamba: Any) -> None:
     model = mamba()
     with modes.apply(model, "fp32", family="quamba"), pytest.raises(AlreadyAttached):
         quamba.calibrate(model, [[1, 2]])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_have_no_scale_are_named(value: float, mamba: Any) -> None:
+    """A maximum over samples would swallow a NaN."""
+    model = mamba()
+    with torch.no_grad():
+        model.backbone.layers[1].mixer.x_proj.weight[0, 0] = value
+    with pytest.raises(ConfigError, match=r"layers\.1\.mixer has NaN or infinite .*x_proj output"):
+        quamba.calibrate(model, [[1, 2, 3]])
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+def test_a_model_whose_forwards_are_replaced_is_refused(mamba: Any) -> None:
+    model = mamba()
+    mixer = model.backbone.layers[0].mixer
+    mixer.forward = lambda *args: mixer(*args)
+    with pytest.raises(NotSupported, match="device_map"):
+        quamba.calibrate(model, [[1, 2, 3]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from itertools import combinations
 from typing import Any
@@ -349,3 +350,39 @@ def test_a_run_says_its_mode_its_basis_and_what_was_changed(calibrated: Any) -> 
     assert (said["family"], said["basis"], said["equals"]) == ("quamba", "rotated", ["2-2", "2-3"])
     assert "layers.3.mixer" in said["changed"]
     assert "not quantised" in said["kept"]["lm_head"]
+
+
+def test_tapping_a_mode_changes_no_bit(mode: str, calibrated: Any, shown: Any) -> None:
+    model, scales, ids = calibrated
+    with modes.apply(model, mode, family="quamba", calibration=scales), torch.no_grad():
+        untapped = model(ids, use_cache=False).logits
+    assert torch.equal(untapped, shown[mode].logits)
+
+
+def test_a_forward_that_records_gradients_is_captured_as_well(calibrated: Any, shown: Any) -> None:
+    model, scales, ids = calibrated
+    sink = tensortap.MemorySink()
+    with modes.apply(model, "0", family="quamba", calibration=scales):
+        with tensortap.attach(model, sink, values="full", on_error="raise"):
+            logits = model(ids, use_cache=False).logits
+    assert logits.requires_grad
+    assert torch.equal(logits.detach(), shown["0"].logits)
+    [(_, u)] = sink.find("layers.3.mixer.scan/forward/u")
+    assert torch.equal(u, shown["0"]("layers.3.mixer.scan/forward/u"))
+
+
+def test_a_copy_of_a_model_in_a_mode_is_in_that_mode(calibrated: Any, shown: Any) -> None:
+    model, scales, ids = calibrated
+    with modes.apply(model, "0", family="quamba", calibration=scales):
+        twin = copy.deepcopy(model)
+    with torch.no_grad():
+        assert torch.equal(twin(ids, use_cache=False).logits, shown["0"].logits)
+        assert not torch.equal(model(ids, use_cache=False).logits, shown["0"].logits)
+
+
+def test_parameters_are_recorded_as_the_codes_they_are(calibrated: Any, shown: Any) -> None:
+    for name in ("in_proj/param/weight", "conv1d/param/weight", "dt_proj/param/bias"):
+        assert shown["0"].record(f"layers.0.mixer.{name}").dtype == "int8"
+        assert shown["fp32"].record(f"layers.0.mixer.{name}").dtype == "float32"
+    weight = shown["0"]("layers.0.mixer.in_proj/param/weight")
+    assert torch.equal(weight, shown["0"]("layers.0.mixer.in_proj/forward/weight"))

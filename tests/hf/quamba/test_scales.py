@@ -60,9 +60,10 @@ def test_missing_and_foreign_files_are_named(calibrated: Any, tmp_path: Path) ->
         Scales.load(tmp_path / "s")
 
 
-def test_a_scale_that_is_not_positive_is_refused() -> None:
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_scale_that_is_not_positive_is_refused(scale: float) -> None:
     with pytest.raises(ConfigError, match="ssm_state"):
-        LayerScales(1, 1, 1, 1, 1, 1, 0)
+        LayerScales(1, 1, 1, 1, 1, 1, scale)
 
 
 def test_scales_of_another_model_are_refused(calibrated: Any, mamba: Any) -> None:

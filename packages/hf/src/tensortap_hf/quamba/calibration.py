@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -52,7 +53,7 @@ def observe(
     if not 0 < alpha <= 1:
         raise ConfigError(f"percentile alpha {alpha} is not in (0, 1]; the default is {ALPHA}.")
     ids = _checked(samples, int(parts.embed.weight.shape[0]))
-    watched = [_Watch(alpha) for _ in parts.blocks]
+    watched = [_Watch(block.name, alpha) for block in parts.blocks]
     undo = Undo()
     try:
         editing.to_floats(parts, undo, torch.float32)
@@ -76,7 +77,8 @@ def observe(
 class _Watch:
     """The observers of one mixer."""
 
-    def __init__(self, alpha: float) -> None:
+    def __init__(self, mixer: str, alpha: float) -> None:
+        self._mixer = mixer
         self._observers: dict[str, Observer] = {
             name: Percentile(alpha) if name in _PERCENTILE else MinMax() for name in NAMES
         }
@@ -84,8 +86,15 @@ class _Watch:
     def __call__(self, name: str, tensor: torch.Tensor) -> None:
         """One sample passes; tensors without a scale of their own are not looked at."""
         observer = self._observers.get(name)
-        if observer is not None:
-            observer.see(tensor)
+        if observer is None:
+            return
+        if not math.isfinite(float(tensor.abs().max())):
+            word = name.replace("_input", " input").replace("_output", " output")
+            raise ConfigError(
+                f"calibration: {self._mixer} has NaN or infinite values ({word}) in a sample, so "
+                "that no scale can be made; look at the model in fp32 first."
+            )
+        observer.see(tensor)
 
     def scales(self) -> LayerScales:
         """After the last sample."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from tensortap_hf.quamba import convolution, hadamard
-from tensortap_hf.quamba.forward import MixerForward, by_channel, masked, step_size
+from tensortap_hf.quamba.forward import MixerForward, by_channel, changed, masked, step_size
 from tensortap_hf.quamba.integers import (
     Codes,
     OnGrid,
@@ -84,10 +84,9 @@ class CodesForward(MixerForward):
         if self._variant.dynamic:
             window = convolution.dynamically_requantized(window)
             x = window.like(window.codes[:, -x.codes.shape[1] :])
-        exact = convolution.of_codes(window, weight, bias)
-        stored = self._stored(masked(exact, mask))
+        stored = self._stored(convolution.of_codes(window, weight, bias))
         self.report("conv", input=by_channel(x), output=by_channel(stored))
-        return stored
+        return changed(stored, lambda tensor: masked(tensor, mask))
 
     def _stored(self, exact: torch.Tensor) -> Value:
         if self._variant.conv == "float":

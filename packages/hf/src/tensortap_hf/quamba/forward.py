@@ -108,18 +108,23 @@ class _ForwardOnly(torch.autograd.Function):
         )
 
 
-def masked(hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Zeros where there is padding; `hidden` [batch, seq, …] of any dtype."""
-    return hidden if mask is None else (hidden * mask[:, :, None]).to(hidden.dtype)
+def masked(tensor: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Zeros where there is padding; `tensor` [batch, seq, …] of any dtype."""
+    return tensor if mask is None else (tensor * mask[:, :, None]).to(tensor.dtype)
 
 
 def by_channel(value: Value) -> Value:
     """[batch, seq, channel] as the names' [batch, channel, seq]."""
+    return changed(value, lambda tensor: tensor.mT)
+
+
+def changed(value: Value, change: Callable[[torch.Tensor], torch.Tensor]) -> Value:
+    """The same kind of value of other data."""
     if isinstance(value, torch.Tensor):
-        return value.mT
+        return change(value)
     if isinstance(value, Codes):
-        return value.like(value.codes.mT)
-    return OnGrid(value.data.mT, value.scale, value.format)
+        return value.like(change(value.codes))
+    return OnGrid(change(value.data), value.scale, value.format)
 
 
 def step_size(dt: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

@@ -50,6 +50,12 @@ def parts(model: nn.Module) -> Parts:
     if reason is not None:
         raise NotSupported(reason)
     [found] = _pretrained(model)
+    for layer in found.backbone.layers:
+        if "forward" in vars(layer.mixer):
+            raise NotSupported(
+                "something has replaced the forward of the mixers (accelerate does, for "
+                "offloading). Load the model without device_map, or undo that first."
+            )
     names = {one.module: one.name for one in naming.named(model, found.config)}
     blocks = tuple(
         Block(names[layer.mixer], names[layer.norm], layer.norm, layer.mixer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -37,7 +38,7 @@ class LayerScales:
 
     def __post_init__(self) -> None:
         for name in NAMES:
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(
                     f"the scale {name} is {getattr(self, name)}; it must be positive."
                 )
