@@ -160,6 +160,16 @@ def test_a_state_dict_whose_record_is_shorter_than_its_tensor_is_an_error(tmp_pa
         Scope(tmp_path / "y.pt").scan("norms")
 
 
+def test_an_archive_that_claims_to_span_disks_is_an_error(tmp_path):
+    torch.save({"a.weight": torch.ones(4, 4)}, tmp_path / "x.pt")
+    content = bytearray((tmp_path / "x.pt").read_bytes())
+    end = content.rindex(b"PK\x06\x07")
+    content[end + 16] = 7
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"x\.pt is no whole file"):
+        Scope(tmp_path / "x.pt")
+
+
 def test_options_of_a_training_script_beside_the_weights_do_no_harm(tmp_path):
     folder = tmp_path / "iter_0000005" / "mp_rank_00"
     folder.mkdir(parents=True)
