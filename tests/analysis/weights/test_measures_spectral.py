@@ -22,6 +22,7 @@ from tests.analysis.weights.planted import (
     with_spectrum,
 )
 
+from tensortap import formats
 from tensortap_analysis.weights import Options
 from tensortap_analysis.weights.measures import blas, gram, measure
 
@@ -135,6 +136,52 @@ def test_values_dequantised_from_int8_are_resolved_to_their_steps(shape: tuple[i
     error = float(np.linalg.norm(values - rounded, 2))
     found = spectral(stored(rounded, torch.float32), torch.int8)
     assert error <= found["resolution"] <= 2 * error
+
+
+@pytest.mark.parametrize("dtype", FLOATS[4:], ids=str)
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])
+def test_values_dequantised_from_float8_are_resolved_whatever_their_scale(
+    size: float, dtype: torch.dtype
+) -> None:
+    values = gaussian(256, 192) * size
+    scale = np.abs(values).max() / torch.finfo(dtype).max
+    rounded = as_stored(stored(values / scale, dtype)) * scale
+    error = float(np.linalg.norm(values - rounded, 2))
+    found = spectral(stored(rounded, torch.float32), dtype)
+    assert error <= found["resolution"] <= 1.5 * error
+
+
+def grouped(values: Doubles, group: int, last: int) -> Doubles:
+    """Values rounded to multiples of a scale for each group of a row."""
+    parts = values.reshape(len(values), -1, group)
+    scale = np.abs(parts).max(2, keepdims=True) / last
+    rounded: Doubles = (np.rint(parts / scale) * scale).reshape(values.shape)
+    return rounded
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("last", [7, 127], ids=["4 bits", "8 bits"])
+def test_values_dequantised_from_packed_integers_are_resolved_to_their_steps(
+    last: int, group: int
+) -> None:
+    values = gaussian(200, 256) * np.geomspace(1, 5, 200)[:, None]
+    rounded = grouped(values, group, last)
+    error = float(np.linalg.norm(values - rounded, 2))
+    found = spectral(stored(rounded, torch.float32), torch.int32)
+    assert error <= found["resolution"] <= 2.2 * error
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4"])
+@pytest.mark.parametrize("shape", [(256, 256), (100, 512)], ids=str)
+def test_values_dequantised_from_4_bit_floats_are_resolved_to_their_steps(
+    shape: tuple[int, int], name: str
+) -> None:
+    values = gaussian(*shape)
+    rounded = formats.get(name).fake_quantize(stored(values, torch.float32))
+    error = float(np.linalg.norm(values - as_stored(rounded), 2))
+    found = spectral(rounded, torch.uint8)
+    assert error <= found["resolution"] <= 2 * error
+    assert "uint8" in found["unresolved"].get("condition_number", "uint8")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

@@ -17,9 +17,7 @@ import torch
 
 from tensortap_analysis.weights.measures.facts import Facts
 from tensortap_analysis.weights.measures.gram import Spectrum
-
-_LEVELS = {torch.int8: 127, torch.uint8: 127}
-"""The codes on one side of zero, where values are a scale times an integer."""
+from tensortap_analysis.weights.measures.steps import of_steps
 
 
 def resolution(facts: Facts, found: Spectrum) -> float:
@@ -32,10 +30,8 @@ def resolution(facts: Facts, found: Spectrum) -> float:
 
 
 def _of_rounding(facts: Facts, found: Spectrum) -> float:
-    if facts.dtype in _LEVELS:
-        return _of_steps(facts, _LEVELS[facts.dtype])
     if not facts.dtype.is_floating_point:
-        return 0.0
+        return of_steps(facts)
     return _relative(facts) * (math.sqrt(found.short) + math.sqrt(found.long))
 
 
@@ -43,20 +39,14 @@ def _relative(facts: Facts) -> float:
     """The root mean square of the rounding errors over that of the values.
 
     An ulp is eps times the power of two of a value; subnormal values share that of the smallest
-    normal one.
+    normal one. Values that were codes times a scale are taken to reach the dtype's largest one.
     """
     info = torch.finfo(facts.dtype)
-    least = max(info.smallest_normal * facts.unit, 1e-300)
+    scale = 1.0 if facts.matrix.dtype is facts.dtype else (facts.statistics.absmax or 0) / info.max
+    least = max(info.smallest_normal * scale * facts.unit, 1e-300)
     spacing = 0.0
     for exponent, count in facts.exponents.items():
         power = math.ldexp(facts.unit, exponent)
         spacing += count * max(power, least) ** 2
     signal = float(facts.rows.rows["squares"].sum())
     return info.eps * math.sqrt(spacing / signal / 12)
-
-
-def _of_steps(facts: Facts, levels: int) -> float:
-    """One scale a row, taken to reach its largest value: steps of that over `levels`."""
-    steps = facts.rows.rows["largest"] * (facts.unit / levels)
-    of_rows = math.sqrt(facts.matrix.shape[1]) * float(steps.max())
-    return (of_rows + float(np.sqrt(np.square(steps).sum()))) / math.sqrt(12)
