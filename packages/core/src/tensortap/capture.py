@@ -162,7 +162,7 @@ class Capture:
 
     @torch.no_grad()
     def _emit(self, tensor: torch.Tensor, seen: Sequence[Sighting]) -> None:
-        plain = tensor if type(tensor) in _PLAIN else _local(tensor)
+        plain, whole = (tensor, True) if type(tensor) in _PLAIN else _unwrapped(tensor)
         reason = _unreadable(plain)
         if reason is not None:
             for sighting in seen:
@@ -181,7 +181,7 @@ class Capture:
             return
         for values, group in itertools.groupby(seen, key=lambda sighting: sighting.values):
             stride = _stride(plain.numel()) if values == "sample" else 1
-            records = [self._record(plain, tensor, one, stride) for one in group]
+            records = [self._record(plain, one, stride, whole=whole) for one in group]
             if values == "stats":
                 self._transfer.statistics(records, backend, reduction)
                 continue
@@ -193,7 +193,7 @@ class Capture:
                     self.coverage.gap(str(record.name), refused)
 
     def _record(
-        self, plain: torch.Tensor, tensor: torch.Tensor, seen: Sighting, stride: int
+        self, plain: torch.Tensor, seen: Sighting, stride: int, *, whole: bool
     ) -> TensorRecord:
         site = seen.site
         return TensorRecord(
@@ -207,7 +207,7 @@ class Capture:
             values=seen.values,
             stride=stride,
             dims=seen.dims,
-            placement=_placement(site, seen, tensor, plain),
+            placement=_placement(site, seen, plain, whole=whole),
             format=seen.format,
         )
 
@@ -274,21 +274,25 @@ def _stride(numel: int) -> int:
     return max(1, -(-numel // SAMPLE))
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """The piece of a DTensor that this rank holds; any other subclass as it is."""
+def _unwrapped(tensor: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """What a tensor subclass stands for, and whether that is all of the logical tensor.
+
+    Of a DTensor it is the piece this rank holds. What torch_xla shards is whole as far as the
+    program can tell, and is a DTensor in name only. Any other subclass stands for itself.
+    """
+    if type(tensor).__module__.startswith("torch_xla."):
+        return getattr(tensor, "global_tensor", tensor), True
     dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
     if dtensor is not None and isinstance(tensor, dtensor):
         local: torch.Tensor = tensor.to_local()
-        return local
-    return tensor
+        return local, False
+    return tensor, True
 
 
-def _placement(
-    site: Site, seen: Sighting, tensor: torch.Tensor, plain: torch.Tensor
-) -> Placement | None:
+def _placement(site: Site, seen: Sighting, plain: torch.Tensor, *, whole: bool) -> Placement | None:
     if site.placement is not None:
         return site.placement(seen.phase, seen.tensor, plain)
-    return None if plain is tensor else Placement(unknown=True)
+    return None if whole else Placement(unknown=True)
 
 
 def _unreadable(tensor: torch.Tensor) -> str | None:

@@ -98,8 +98,7 @@ def statistics(numbers: Sequence[float], layout: Layout) -> Statistics:
     rows: list[list[float]] = []
     for many, length in layout.blocks:
         start, end = end, end + many * _NUMBERS
-        for row in range(many):
-            rows.append(_row(numbers[start + row : end : many], length))
+        rows += [_row(numbers[start + at : end : many], length) for at in range(many)]
     # Means are reported as distances from an origin: see `tensortap.stats`.
     origin = next((row[7] * row[10] for row in rows if row[0]), 0.0)
     for row in rows:
@@ -138,8 +137,8 @@ def _origin(scaled: torch.Tensor, finite: torch.Tensor) -> torch.Tensor:
     """
     if scaled.dtype is torch.float64:
         return scaled[:, 0]
-    total, count = torch.stack([scaled, finite.to(scaled.dtype)]).sum(2)
-    return total / count.clamp(min=1.0)
+    sums = torch.stack([scaled, finite.to(scaled.dtype)]).sum(2)
+    return sums[0] / sums[1].clamp(min=1.0)
 
 
 def _unit(absmax: torch.Tensor) -> torch.Tensor:

@@ -127,7 +127,8 @@ class XlaBackend:
         if tensor.numel() == 0:
             return _Vector(layout, None, [])
         powers = self._powers_on(tensor.device) if exponents else None
-        return _Vector(layout, reduction.vector(tensor, layout, powers))
+        vector = reduction.vector(tensor, layout, powers)
+        return _Vector(layout, self._runtime.whole(vector))
 
     def _powers_on(self, device: torch.device) -> torch.Tensor:
         if device not in self._powers:
@@ -137,7 +138,8 @@ class XlaBackend:
     def _clone(self, tensor: torch.Tensor, stride: int) -> _Clone:
         tensor = tensor.detach().resolve_conj().resolve_neg()
         wanted = tensor if stride == 1 else tensor.reshape(-1)[::stride]
-        return _Clone(wanted.nbytes, self, wanted.clone(memory_format=torch.contiguous_format))
+        clone = wanted.clone(memory_format=torch.contiguous_format)
+        return _Clone(wanted.nbytes, self, wanted.shape, self._runtime.whole(clone))
 
 
 @dataclass(slots=True)
@@ -150,7 +152,7 @@ class _Vector:
 
     def arrived(self, value: torch.Tensor) -> None:
         """It has been fetched."""
-        self.lazy, self.numbers = None, value.tolist()
+        self.lazy, self.numbers = None, value.reshape(-1).tolist()
 
     def statistics(self) -> Statistics:
         """Of a vector that has arrived."""
@@ -164,12 +166,13 @@ class _Clone:
 
     nbytes: int
     backend: XlaBackend
+    shape: torch.Size
     lazy: torch.Tensor | None
     value: torch.Tensor | None = None
 
     def arrived(self, value: torch.Tensor) -> None:
         """It has been fetched."""
-        self.lazy, self.value = None, value.contiguous()
+        self.lazy, self.value = None, value.reshape(self.shape).contiguous()
 
     def host(self) -> torch.Tensor:
         """The values; fetched now if nobody has collected them."""

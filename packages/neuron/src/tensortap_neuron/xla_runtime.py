@@ -31,6 +31,8 @@ class Runtime:
         self._model: Any = import_module("torch_xla.core.xla_model")
         self._metrics: Any = import_module("torch_xla.debug.metrics")
         self._runtime: Any = import_module("torch_xla.runtime")
+        self._spmd: Any = None
+        self._mesh: Any = None
         self.version: str = self._torch_xla.__version__
         known = _known(self.version)
         if private and not known:
@@ -48,6 +50,21 @@ class Runtime:
             return [tensor.cpu() for tensor in tensors]
         found: list[torch.Tensor] = self._private._xla_get_cpu_tensors(list(tensors))
         return found
+
+    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor; under SPMD a copy with one more axis, all of which every device computes.
+
+        A result that lies there piecewise costs a compilation of its own each time it is fetched.
+        The axis makes it a node of its own: a clone is the user's node, sharding included.
+        """
+        if not self._runtime.is_spmd():
+            return tensor
+        if self._mesh is None:
+            self._spmd = import_module("torch_xla.distributed.spmd")
+            self._mesh = self._spmd.get_1d_mesh("all")
+        copy = tensor.unsqueeze(0).clone()
+        self._spmd.mark_sharding(copy, self._mesh, (None,) * copy.ndim)
+        return copy
 
     def identity(self, tensor: torch.Tensor) -> Hashable | None:
         """The same for two tensors only if they have the same value; `None` where nobody knows.
