@@ -117,9 +117,9 @@ def test_estimates_of_shards_count_every_value_once(tmp_path, whole):
     for row in found.rows:
         assert row.basis == "exponents"
         assert row.nonzero == exact[row.name, row.format].nonzero
-    hifp8 = {row.name: row.sqnr_db for row in found.rows if row.format == "hifp8"}
-    for name in (DOWN, QKV):
-        assert hifp8[name] == pytest.approx(exact[name, "hifp8"].sqnr_db, abs=0.5)
+        # Of int8 the scale is that of the whole, whichever rank has the largest value.
+        if row.name in (DOWN, QKV):
+            assert row.sqnr_db == pytest.approx(exact[row.name, row.format].sqnr_db, abs=0.5)
 
 
 def test_parts_of_a_fused_tensor_are_judged_by_themselves(tmp_path, whole):

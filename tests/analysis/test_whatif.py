@@ -10,6 +10,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from tests.analysis.small_runs import capture, llama
+from tests.core.store.building import record
+from tests.core.store.building import write_run as write_rows
 
 import tensortap
 from tensortap import RunDirectorySink
@@ -20,6 +23,7 @@ from tensortap.stats import statistics
 from tensortap_analysis.boxes import boxes
 from tensortap_analysis.whatif import expected, judging, what_if
 from tensortap_analysis.whatif.estimate import estimate
+from tensortap_analysis.whatif.judging import FORMATS
 from tensortap_analysis.whatif.rounding import Values, codec_of, tally
 
 NAME = "layers.0.mlp.down/forward/output"
@@ -244,7 +248,7 @@ def test_terms_of_a_sum_are_not_estimated(tmp_path):
     )  # fmt: skip
     sink.write(record, None)
     sink.close()
-    assert "terms of a sum" in what_if(tmp_path / "run").skipped[0]
+    assert "summands do not tell those of the sum" in what_if(tmp_path / "run").skipped[0]
 
 
 def test_boxes_cover_the_shape_once_in_order_and_keep_an_axis_whole():
@@ -321,6 +325,62 @@ def test_one_tensor_under_several_names_is_one_row_and_all_rows_are_in_the_file(
     assert out.splitlines()[0].split() == ["int8", "needs", "for"]
     assert "8 bit" in out.splitlines()[1]
     assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == 4
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_largest_number_there_is_is_rounded_like_any_other(name):
+    lowest = torch.finfo(torch.float32).min
+    x = torch.randn(4, 64)
+    x[0, ::5] = lowest
+    found = tally(codec_of(name), Values(x))
+    small = tally(codec_of(name), Values((x.double() * 2.0**-100).float()))
+    assert not math.isnan(found.sqnr_db)
+    if name != "hifp8":  # which has no scale; beyond 140 dB the rounding of float32 decides
+        assert min(found.sqnr_db, 140) == pytest.approx(min(small.sqnr_db, 140), abs=0.01)
+
+
+def test_values_whose_squares_no_float_holds_are_said_and_the_others_judged(tmp_path):
+    huge = torch.randn(4, 32).double() * 1e300
+    found = what_if(write_run(tmp_path / "run", {"a/forward/output": huge, NAME: huge * 1e-300}))
+    assert {row.name for row in found.rows} == {NAME}
+    assert found.skipped == ("a/forward/output: its squares are beyond what float64 holds",)
+
+
+def test_every_format_is_judged_on_every_tensor_of_a_captured_model(cli, tmp_path):
+    run = capture(llama(), tmp_path / "run")
+    code, out, error = cli("formats", run, "--json")
+    found = json.loads(out)
+    assert (code, error.strip()) == (0, "")
+    names = {row["name"] for row in found["rows"]}
+    assert "layers.3.attn.core/backward/grad_query" in names
+    assert len(found["rows"]) == 5 * len(names)
+    skipped = [line.partition(": ")[2] for line in found["skipped"]]
+    assert set(skipped) == {
+        "int64 is not rounded to a format", "a mask is not rounded to a format"
+    }  # fmt: skip
+
+
+def test_a_sample_is_judged_with_the_largest_value_of_all(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(64, 64)
+    x[1, 1] = 100.0  # not in the sample
+    sampled = record(NAME, None, 0, values="sample", stride=4, shape=(64, 64), dtype="float32",
+                     stats=statistics(x))  # fmt: skip
+    run = write_rows(tmp_path / "run", [(sampled, x.flatten()[::4].clone())])
+    [guess] = expected(run, formats=("int8",))
+    [exact] = expected(write_run(tmp_path / "full", {NAME: x}), formats=("int8",))
+    assert guess.basis == "exponents"
+    assert guess.sqnr_db == pytest.approx(exact.sqnr_db, abs=0.5)
+    assert guess.nonzero == pytest.approx(exact.nonzero, rel=0.01)
+
+
+def test_statistics_with_padding_are_not_estimated(tmp_path):
+    x = torch.randn(8, 32)
+    padded = record(NAME, None, 0, shape=(8, 32), stats=statistics(x, exponents=True),
+                    placement=Placement((8, 32), valid={0: 5}))  # fmt: skip
+    found = what_if(write_rows(tmp_path / "run", [(padded, None)]))
+    assert found.rows == ()
+    assert "padding" in found.skipped[0]
 
 
 def test_equal_payloads_are_rounded_once(tmp_path, monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -15,8 +17,10 @@ from tensortap.stats import statistics
 from tensortap.store import Run
 from tensortap.store.logical import LogicalTensor
 from tensortap_analysis.boxes import boxes
+from tensortap_analysis.merging import merged
 from tensortap_analysis.moments import Captured, captured
 from tensortap_analysis.progress import unmatched
+from tensortap_analysis.reasons import NotComparable
 from tensortap_analysis.rounding import is_mask
 from tensortap_analysis.sources import Source, label, opened
 from tensortap_analysis.whatif.estimate import estimate
@@ -188,23 +192,35 @@ def _judge(tensor: Captured, codecs: Mapping[str, Codec]) -> tuple[Basis, dict[s
         return "values", _from_values(tensor.open(), record, codecs)
     if tensor.part is not None:
         raise NotSupported("only the whole of a fused tensor has statistics; capture its values")
-    sums = {name: Tally() for name in codecs}
+    stats = _statistics(tensor)
+    return "exponents", {name: estimate(codec, stats, dtype) for name, codec in codecs.items()}
+
+
+def _statistics(tensor: Captured) -> Statistics:
+    """Those of the logical tensor, with the exponents of all its pieces."""
+    try:
+        whole = merged(tensor, tensor.records()).statistics
+    except NotComparable as reason:
+        raise NotSupported(str(reason)) from reason
+    exponents: Counter[int] = Counter()
     for piece in tensor.pieces():
-        stats = _with_exponents(tensor.run, piece)
-        for name, codec in codecs.items():
-            sums[name].add(estimate(codec, stats, dtype))
-    return "exponents", sums
+        exponents.update(_exponents(tensor.run, piece))
+    return replace(whole, exponents=dict(exponents))
 
 
-def _with_exponents(run: Run, record: TensorRecord) -> Statistics:
-    """Statistics of one rank's piece; of a sample they are computed here."""
-    if record.placement is not None and record.placement.partial:
-        raise NotSupported("its ranks hold terms of a sum, whose exponents say nothing of the sum")
-    if record.stats is not None and record.stats.exponents is not None:
-        return record.stats
-    if record.values != "sample":
+def _exponents(run: Run, record: TensorRecord) -> Mapping[int, int]:
+    """Of one piece; of a sample scaled up, together with that of the largest value of all."""
+    stats = record.stats
+    if stats is not None and stats.exponents is not None:
+        return stats.exponents
+    if record.values != "sample" or stats is None:
         raise NotSupported("statistics without exponents; capture with exponents=True or values")
-    return statistics(run.sample(record), exponents=True)
+    seen = statistics(run.sample(record), exponents=True).exponents or {}
+    every = (stats.finite - stats.zero) / max(sum(seen.values()), 1)
+    found = Counter({exponent: round(count * every) for exponent, count in seen.items()})
+    if stats.absmax:
+        found[math.frexp(stats.absmax)[1] - 1] += 1
+    return found
 
 
 def _from_values(

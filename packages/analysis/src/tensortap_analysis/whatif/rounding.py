@@ -9,6 +9,7 @@ from functools import lru_cache
 import torch
 
 from tensortap import formats
+from tensortap.errors import NotSupported
 from tensortap.formats import Codec, Quantized
 
 
@@ -77,11 +78,12 @@ class Values:
 
 
 def tally(codec: Codec, values: Values) -> Tally:
-    """Round the values to the format and count."""
-    x, limit = values.x, formats_max(codec.name)
+    """Round the values to the format and count; raises `NotSupported` for values above 1e150."""
+    x = values.x
     quantized = _quantized(codec, values)
     rounded = codec.dequantize(quantized)[: len(x)]
     over = _beyond(codec, quantized, x, rounded)
+    limit = formats_max(codec.name) if codec.name in _WITH_INFINITY else torch.finfo(x.dtype).max
     exact = x.double()
     error = exact - (rounded.nan_to_num_(math.nan, limit, -limit) if over.any() else rounded)
     noise = values.total(error.square_())
@@ -93,8 +95,11 @@ def tally(codec: Codec, values: Values) -> Tally:
         exact, over = exact.masked_fill(~finite, 0), over & kept
         noise, rounded = values.total(error.masked_fill(~kept, 0)), rounded.masked_fill(~kept, 0)
     nonzero = values.total(exact != 0)
+    signal = values.total(exact.square())
+    if not math.isfinite(signal + noise):
+        raise NotSupported("its squares are beyond what float64 holds")
     return Tally(
-        signal=values.total(exact.square()),
+        signal=signal,
         noise=noise,
         nonzero=nonzero,
         underflow=max(nonzero - lost - values.total(rounded != 0), 0.0),
@@ -117,12 +122,14 @@ def _beyond(
     codec: Codec, quantized: Quantized, x: torch.Tensor, rounded: torch.Tensor
 ) -> torch.Tensor:
     """Which values became infinite, or saturated with an error larger than rounding's."""
+    # Without infinities of its own a format reaches one where its scale does not fit the dtype.
+    infinite = rounded.isinf() & x.isfinite()
     if codec.name in _WITH_INFINITY:
-        return rounded.isinf() & x.isfinite()
+        return infinite
     high, low, half = _extremes(codec.name)
     codes = quantized.codes.view(torch.uint8)[: len(x)]
     size = rounded.abs()
-    return ((codes == high) | (codes == low)) & (x.abs() > size + size * half)
+    return infinite | ((codes == high) | (codes == low)) & (x.abs() > size + size * half)
 
 
 _WITH_INFINITY = ("hifp8", "fp16", "bf16")
