@@ -19,7 +19,7 @@ from tensortap.errors import ConfigError, RunError, SelectionError
 from tensortap.records import decode_float
 from tensortap_analysis import compare
 from tensortap_analysis.report import write_report
-from tensortap_analysis.report.figures import drawn, logarithmic, whole
+from tensortap_analysis.report.figures import drawn, hover, logarithmic, whole
 from tensortap_analysis.report.markup import data_block, tag
 from tensortap_analysis.report.views import labels
 
@@ -213,6 +213,30 @@ def test_runs_with_nothing_in_common_make_a_report_that_says_so(runs, tmp_path, 
     assert code == 1
     assert "nothing in common" in out
     assert "could not be compared" in Page(tmp_path / "r.html").words
+
+
+def test_values_that_cannot_be_read_any_more_are_missing(runs, tmp_path, cli):
+    shutil.copytree(runs / "up", tmp_path / "damaged")
+    [shard] = (tmp_path / "damaged/rank00000").glob("shard-*")
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    code, out, _ = cli(runs / "ref", tmp_path / "damaged", "--out", tmp_path / "r.html", "--json")
+    told = json.loads(out)
+    assert code == 1
+    assert told["verdict"] != "agree"
+    assert any("tensors could not be read" in line for line in told["missing"])
+
+
+def test_a_run_without_coverage_is_not_called_complete(runs, tmp_path):
+    shutil.copytree(runs / "ref", tmp_path / "cut")
+    (tmp_path / "cut/rank00000/coverage.json").unlink()
+    write_report(tmp_path / "r.html", tmp_path / "cut")
+    words = Page(tmp_path / "r.html").words.split("\n")
+    assert "coverage not known" in words
+    assert "complete" not in words[words.index("Coverage") :]
+
+
+def test_marks_of_a_chart_show_quotes_as_they_are_and_no_markup():
+    assert hover(["layers.0.'a'\"b\"<i>&"]) == ["layers.0.'a'\"b\"&lt;i&gt;&amp;"]
 
 
 def test_json_says_what_was_written(runs, tmp_path, cli):

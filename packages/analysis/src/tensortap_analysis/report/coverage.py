@@ -41,8 +41,5 @@ def _run(view: View) -> Html:
 
 
 def _state(view: View) -> Html:
-    if view.problems:
-        return tag("span", "incomplete", class_="badge bad")
-    if not view.coverage:
-        return tag("span", "coverage not known", class_="badge")
-    return tag("span", "complete", class_="badge good")
+    colour = {"complete": " good", "incomplete": " bad"}.get(view.state, "")
+    return tag("span", view.state, class_=f"badge{colour}")

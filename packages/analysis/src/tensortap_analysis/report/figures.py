@@ -37,7 +37,7 @@ class Chart:
         return tag("figure", join((title, says, place, data)))
 
 
-def figure(traces: Iterable[Any], x: str, y: str, *, height: int = 380, **layout: Any) -> go.Figure:
+def figure(traces: Iterable[Any], x: str, y: str, *, height: int = 420, **layout: Any) -> go.Figure:
     """Traces on axes with these titles."""
     axes = {
         "xaxis": {"title": {"text": x}, "automargin": True} | layout.pop("xaxis", {}),
@@ -64,8 +64,8 @@ def logarithmic(values: Iterable[float]) -> dict[str, Any]:
         room = max(0.05 * (high - low), (1 - (high - low)) / 2, 0.1)
         axis |= {"range": [low - room, high + room]}
         wide = high - low + 2 * room
-        # "D2" labels 2 and 5 as well: less than two decades would have a single number.
-        axis["dtick"] = "D2" if wide < 2 else max(1, math.ceil((high - low) / 8))
+        # "D2" labels 2 and 5 as well: of few decades it would label hardly one.
+        axis["dtick"] = "D2" if wide < 3 else max(1, math.ceil((high - low) / 8))
     return axis
 
 

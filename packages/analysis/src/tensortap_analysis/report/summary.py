@@ -87,7 +87,7 @@ def _one(view: View) -> Html:
         ("values", f"{int(found.count.sum()):,}"),
         ("largest magnitude", cell(_largest(found.floating.absmax))),
         ("tensors with NaN or Inf", f"{bad:,}"),
-        ("state", "incomplete" if view.problems else "complete"),
+        ("state", view.state),
     )
     cards = []
     for title, value in facts:

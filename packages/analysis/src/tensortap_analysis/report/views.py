@@ -26,6 +26,13 @@ class View:
     coverage: Mapping[str, Any]
     problems: tuple[str, ...]
 
+    @property
+    def state(self) -> str:
+        """`complete` is only what says so itself."""
+        if self.problems:
+            return "incomplete"
+        return "complete" if self.coverage else "coverage not known"
+
 
 def view(run: Run, path: str, label: str, select: str, step: int | None) -> View:
     """Read one run; only its index, no payload."""
