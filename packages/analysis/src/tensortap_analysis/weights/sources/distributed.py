@@ -235,9 +235,11 @@ class _Slice(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")
-        wanted = min(len(view), max(self._length - self._at, 0))
-        self._file.seek(self._start + self._at)
-        got = self._file.readinto(view[:wanted])
+        # Views are given back even when reading fails: the caller frees the buffer behind them.
+        with memoryview(buffer) as whole, whole.cast("B") as view:
+            wanted = min(len(view), max(self._length - self._at, 0))
+            self._file.seek(self._start + self._at)
+            with view[:wanted] as part:
+                got = int(self._file.readinto(part))
         self._at += got
-        return int(got)
+        return got
