@@ -11,6 +11,7 @@ from tests.analysis.test_whatif import write_run as write_one
 from tests.core.store.building import info, record, write_run
 
 from tensortap import Part, Placement, open_run
+from tensortap.errors import SelectionError
 from tensortap.stats import statistics
 from tensortap_analysis.moments import captured
 from tensortap_analysis.plots.gallery import plot
@@ -129,7 +130,16 @@ def test_parts_of_a_fused_tensor_are_judged_by_themselves(tmp_path, whole):
     k = {part: whole[QKV][:, 64:96].contiguous()}
     [alone] = expected(write_one(tmp_path / "k", k), formats=("mxfp8",))
     assert row == alone
-    assert {row.name for row in expected(run, formats=("mxfp8",), select="*.attn.*")} == {QKV}
+    for select, names in (
+        ("*.attn.*", {QKV}), (f"layers.0.attn.*,!{QKV}", None), (f"{QKV},!*.attn.q/*", {QKV}),
+        ("*.attn.q/*,*.attn.v/*", {part.replace(".k/", f".{word}/") for word in "qv"}),
+    ):  # fmt: skip
+        if names is None:
+            with pytest.raises(SelectionError):
+                expected(run, formats=("mxfp8",), select=select)
+        else:
+            rows = expected(run, formats=("mxfp8",), select=select)
+            assert {row.name for row in rows} == names
     stats = tensor_parallel(tmp_path / "stats", whole, "stats")
     [skipped] = what_if(stats, formats=("mxfp8",), select=part).skipped
     assert skipped.startswith(part)

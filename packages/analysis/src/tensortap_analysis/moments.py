@@ -164,12 +164,7 @@ def catalogue(run: Run, select: str | Iterable[str] = "*", *, step: int | None =
 
     A fused tensor is listed where its own name or that of a part of it is selected.
     """
-    selection = Selection.parse(select)
-    parts: dict[str, list[str]] = {}
-    for part, fused in sorted(run.part_sources().items()):
-        if selection.matches(part):
-            parts.setdefault(fused, []).append(part)
-    whole = frozenset(filter(selection.matches, run.names()))
+    parts, whole = _selected(run, select)
     return Catalogue(run, moments_of(run, whole | set(parts), step), parts, whole)
 
 
@@ -180,10 +175,27 @@ def captured(
 
     Raises `SelectionError` when nothing is selected.
     """
+    parts, whole = _selected(run, select)
+    Catalogue(run, {}, parts, whole).require_something(select)
     for number in run.steps if step is None else (step,):
-        listed = catalogue(run, select, step=number)
-        listed.require_something(select)
-        yield from listed.tensors()
+        found = moments_of(run, whole | set(parts), number)
+        yield from Catalogue(run, found, parts, whole).tensors()
+
+
+def _selected(run: Run, select: str | Iterable[str]) -> tuple[dict[str, list[str]], frozenset[str]]:
+    """Selected parts by the fused tensor they are cut from, and names selected themselves."""
+    selection = Selection.parse(select)
+    whole = frozenset(filter(selection.matches, run.names()))
+    return selected_parts(run, selection), whole
+
+
+def selected_parts(run: Run, selection: Selection) -> dict[str, list[str]]:
+    """Names of selected parts by that of their fused tensor, unless it is excluded itself."""
+    found: dict[str, list[str]] = {}
+    for part, fused in sorted(run.part_sources().items()):
+        if selection.matches(part) and not selection.excludes(fused):
+            found.setdefault(fused, []).append(part)
+    return found
 
 
 @dataclass(slots=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from tensortap.selection import Selection
 from tensortap.store import Run
-from tensortap_analysis.moments import Captured, moments_of
+from tensortap_analysis.moments import Captured, moments_of, selected_parts
 from tensortap_analysis.plots.survey import Survey
 
 At = list[tuple[str, int]]
@@ -54,10 +54,7 @@ def selected(run: Run, found: Survey, select: str | Iterable[str]) -> At:
     Raises `SelectionError` when it is nothing.
     """
     selection = Selection.parse(select)
-    parts: dict[str, list[str]] = {}
-    for part, fused in sorted(run.part_sources().items()):
-        if selection.matches(part):
-            parts.setdefault(fused, []).append(part)
+    parts = selected_parts(run, selection)
     chosen = [
         (wanted, step)
         for name, step in latest(found)
