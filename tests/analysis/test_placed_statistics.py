@@ -93,7 +93,7 @@ def test_replicas_whose_statistics_disagree_are_loud(written, x):
     agree = outcome(written((x, None)), written((x, place), (x, place)))
     assert agree.equal
     found = outcome(written((x, None)), written((x, place), (drifted, place)))
-    assert found.kind == "mismatch"
+    assert found.kind == "conflict"
     assert found.reason.startswith("ranks 0 and 1 hold the same piece and disagree")
 
 

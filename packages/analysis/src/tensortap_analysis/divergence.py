@@ -54,16 +54,16 @@ class Divergence:
 
     def __str__(self) -> str:
         return (
-            f"{self.name} ({self.pair.at.when}): {_size(self)}, {self.judgement.grade}; "
+            f"{self.name} ({self.pair.at.when}): {_size(self)}{self.judgement.grade}; "
             f"{_share(self)}; {_beside(self)}"
         )
 
 
 def _size(found: Divergence) -> str:
-    if math.isinf(found.error) and found.pair.nonfinite:
-        return "NaN or infinity"
+    if found.pair.nonfinite:
+        return ""  # the grade says it
     least = "at least " if found.pair.by == "statistics" else ""
-    return f"relative error {least}{_short(found.error)}"
+    return f"relative error {least}{_short(found.error)}, "
 
 
 def _share(found: Divergence) -> str:

@@ -76,7 +76,7 @@ def _aligned(
     two = other.tensor(match.other, match.name, padded=True)
     padded = align(one.shape, one.dims, two.shape, two.dims)
     if isinstance(padded, str) or (one.shape, two.shape) == valid:
-        raise NotComparable(found, "mismatch")
+        raise NotComparable(found, "shape")
     return one, two, padded.cut(*valid)
 
 

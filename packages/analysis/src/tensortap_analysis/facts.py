@@ -38,6 +38,11 @@ class RunFacts:
         """Do both say they are the same?"""
         return (self.mode, self.format) == (other.mode, other.format)
 
+    def contradicts(self, other: RunFacts) -> bool:
+        """Do both say what they are, and that it is not the same?"""
+        said = all(side.mode or side.format for side in (self, other))
+        return said and not self.claims_as(other)
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON; the inverse is `from_json`."""
         return asdict(self)

@@ -66,7 +66,7 @@ def verdict(run: RunComparison) -> str:
         return f"agrees{far} ({of}{' compared' if run.not_compared else ''}{how})"
     limits = " beyond limits" if run.divergences else ""
     beyond = f"{len(run.divergences):,} of " if run.divergences else ""
-    parts = [f"{beyond}{compared:,} tensors{how}", *counted(run.of_kind("mismatch"))]
+    parts = [f"{beyond}{compared:,} tensors{how}", *counted(run.of_kind("shape", "conflict"))]
     return f"differs{limits} ({', '.join(parts)})"
 
 

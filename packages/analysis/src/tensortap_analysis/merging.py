@@ -122,7 +122,7 @@ def _require_agreement(copies: Sequence[TensorRecord]) -> None:
             raise NotComparable(
                 f"ranks {first.at.rank} and {other.at.rank} hold the same piece and disagree, by "
                 "their statistics",
-                "mismatch",
+                "conflict",
             )
 
 

@@ -32,6 +32,11 @@ class Tensor:
         return word not in _RECEIVED_BACKWARD
 
     @property
+    def is_received_gradient(self) -> bool:
+        """Is it what the backward pass hands to the module?"""
+        return self.phase == "backward" and not self.returned
+
+    @property
     def is_weight(self) -> bool:
         """Is it a parameter, or an operand made of one (rather than a gradient)?"""
         named = self.name.split(".")[0] in ("weight", "bias")

@@ -9,6 +9,7 @@ from tensortap_analysis.facts import RunFacts
 from tensortap_analysis.modules import Tensor
 from tensortap_analysis.outcome import RunComparison, counted
 from tensortap_analysis.pairs import Pair
+from tensortap_analysis.reasons import Kind
 from tensortap_analysis.rounding import eps
 
 _MOST_PROBLEMS = 5
@@ -67,7 +68,8 @@ def _not_compared(found: RunComparison) -> Iterator[str]:
     total = len(found.pairs) + found.not_compared
     said = f"{found.not_compared:,} of {_many(total, 'tensor')} could not be compared: "
     said += ", ".join(counted(found.unpaired))
-    worst = (*found.of_kind("damaged"), *found.of_kind("mismatch"), *found.of_kind("unknown"))
+    kinds: tuple[Kind, ...] = ("damaged", "conflict", "shape", "unknown")
+    worst = [one for kind in kinds for one in found.of_kind(kind)[:1]]
     first = f" (first: {worst[0].name}: {worst[0].reason})" if worst else ""
     yield f"{said}{first}."
 
@@ -77,24 +79,21 @@ def _only_statistics(found: RunComparison) -> Iterator[str]:
     some = sum(pair.by == "statistics" for pair in found.pairs)
     if not some or found.divergences:
         return
-    of = f"{some:,} of {_many(len(found.pairs), 'tensor')}"
+    only = f"{some:,} of {_many(len(found.pairs), 'tensor')} have statistics only"
     if found.undecided:
         yield (
-            f"Of {of} there are statistics only, and {len(found.undecided):,} of them differ by "
-            "less than the limits at least, which shows nothing: this preset needs values "
+            f"{only}, which show what a difference is at least: of {len(found.undecided):,} that "
+            "differ they do not tell whether it is beyond the limit. This preset needs values "
             "(values='full' or 'sample')."
         )
     else:
-        yield (
-            f"Of {of} there are statistics only: they agree as far as statistics tell, which show "
-            "what a difference is at least."
-        )
+        yield f"{only}, which show what a difference is at least: they agree as far as these tell."
 
 
 def _other_data(found: RunComparison) -> Iterator[str]:
     """Were the models given other inputs?"""
     names = [pair.name for pair in found.pairs if pair.max_abs > 0 and _is_data(pair)]
-    names += [one.name for one in found.of_kind("mismatch") if Tensor.of(one.name).is_from_outside]
+    names += [one.name for one in found.of_kind("shape") if Tensor.of(one.name).is_from_outside]
     if names:
         yield f"The runs were given other data: {names[0]} differs."
 
@@ -110,7 +109,7 @@ def _is_data(pair: Pair) -> bool:
 def _suspiciously_equal(ref: RunFacts, run: RunFacts, pairs: Sequence[Pair]) -> Iterator[str]:
     exactly = all(pair.by == "values" for pair in pairs)
     how = "bitwise equal" if exactly else "equal in everything that was captured"
-    if not ref.claims_as(run):
+    if ref.contradicts(run):
         yield (
             f"{ref.path} claims {ref.claim} and {run.path} claims {run.claim}, but all "
             f"{len(pairs):,} tensors are {how}: one of them is not what it says, or the mode "
@@ -122,8 +121,7 @@ def twins(runs: Sequence[RunComparison]) -> Mapping[int, list[str]]:
     """Warnings on runs, by place, that equal an earlier one and claim to be something else."""
     found: dict[int, list[str]] = {}
     for (_, one), (place, two) in combinations(enumerate(runs), 2):
-        known = all(side.run.claim != "no mode" for side in (one, two))
-        if known and not one.run.claims_as(two.run) and _equally_far(one, two):
+        if one.run.contradicts(two.run) and _equally_far(one, two):
             found.setdefault(place, []).append(
                 f"{one.run.path} claims {one.run.claim} and {two.run.path} claims "
                 f"{two.run.claim}, but they differ from REF by the same numbers in all "

@@ -43,7 +43,7 @@ class RunComparison:
         """
         if not self.pairs:
             return "incomparable"
-        if self.divergences or self.of_kind("mismatch"):
+        if self.divergences or self.of_kind("shape", "conflict"):
             return "differ"
         return "incomparable" if self.of_kind("damaged") or self.undecided else "agree"
 
@@ -98,9 +98,9 @@ class RunComparison:
         """How many tensors were not compared, counted at every moment."""
         return sum(one.count for one in self.unpaired)
 
-    def of_kind(self, kind: Kind) -> tuple[Unpaired, ...]:
-        """What was not compared for reasons of this kind."""
-        return tuple(one for one in self.unpaired if one.kind == kind)
+    def of_kind(self, *kinds: Kind) -> tuple[Unpaired, ...]:
+        """What was not compared for reasons of these kinds."""
+        return tuple(one for one in self.unpaired if one.kind in kinds)
 
     @property
     def jumps(self) -> tuple[Change, ...]:
@@ -119,7 +119,8 @@ def counted(unpaired: tuple[Unpaired, ...]) -> Iterator[str]:
         ("absent", "ref", "only in REF"),
         ("absent", "run", "only in RUN"),
         ("damaged", None, "lost or damaged"),
-        ("mismatch", None, "of other shapes, or of ranks that contradict each other"),
+        ("conflict", None, "of which ranks contradict each other"),
+        ("shape", None, "of other shapes"),
         ("unknown", None, "of which not enough was captured"),
     )
     for kind, where, text in words:

@@ -6,10 +6,10 @@ from typing import Literal
 
 from tensortap.errors import RunConflict, RunCorrupt
 
-Kind = Literal["absent", "mismatch", "damaged", "unknown"]
-"""`absent`: one run has no such tensor. `mismatch`: both have it, and it is not the same: other
-shapes, or ranks that contradict each other. `damaged`: it was captured, and cannot be read any
-more. `unknown`: what was captured of it is not enough to tell."""
+Kind = Literal["absent", "shape", "conflict", "damaged", "unknown"]
+"""`absent`: one run has no such tensor. `shape`: both have it, in shapes that do not match.
+`conflict`: the pieces that ranks have of it contradict each other. `damaged`: it was captured, and
+cannot be read any more. `unknown`: what was captured of it is not enough to tell."""
 
 
 class NotComparable(Exception):
@@ -24,4 +24,4 @@ def kind_of(failure: Exception) -> Kind:
     """What an error that a run raised for one of its tensors says about it."""
     if isinstance(failure, RunCorrupt):
         return "damaged"
-    return "mismatch" if isinstance(failure, RunConflict) else "unknown"
+    return "conflict" if isinstance(failure, RunConflict) else "unknown"

@@ -40,11 +40,11 @@ class Sources:
 def upstream(pairs: Iterable[Pair]) -> Iterator[Sources]:
     """For each pair what it was computed from; pairs in execution order.
 
-    A weight as it was used may be recorded after the output that it made: its place is then a
-    later one.
+    A weight as it was used may be recorded after the output that it made, and the gradient that a
+    module is given after the one that it returns: their places are then later ones.
     """
     pairs = list(pairs)
-    operands = _Operands(pairs)
+    belated = _Belated(pairs)
     histories: dict[object, _History] = {}
     weights = _Weights()
     for place, pair in enumerate(pairs):
@@ -56,9 +56,10 @@ def upstream(pairs: Iterable[Pair]) -> Iterator[Sources]:
             moment = _moment(pair)
             plain = histories.get((*moment, False)) if pair.at.recompute else None
             history = histories.setdefault((*moment, pair.at.recompute), _History(plain))
-            used = weights.used(tensor) | operands.used(tensor, moment)
-            found = _joined(found, history.sources(tensor, pair), used.values())
-            history.add(tensor, pair, place)
+            used = weights.used(tensor) | belated.operands(tensor, moment)
+            given = belated.gradients(tensor, moment, place)
+            found = _joined(found, history.sources(tensor, pair, given), used.values())
+            history.add(tensor, pair, place, alike=not given)
         yield found
         weights.add(tensor, place)
 
@@ -68,26 +69,36 @@ def _moment(pair: Pair) -> tuple[object, ...]:
     return at.step, at.microbatch, at.dp_rank, at.eval
 
 
-class _Operands:
-    """Weights as they were used, which may be recorded after what was made of them."""
+class _Belated:
+    """What may be recorded after that which is made of it."""
 
     def __init__(self, pairs: Sequence[Pair]) -> None:
-        self._places: dict[tuple[object, str, str], dict[str, int]] = {}
+        self._operands: dict[tuple[object, str, str], dict[str, int]] = {}
+        self._gradients: dict[tuple[object, str], list[int]] = {}
         for place, pair in enumerate(pairs):
-            tensor = Tensor.of(pair.name)
+            tensor, moment = Tensor.of(pair.name), _moment(pair)
             if tensor.is_weight and tensor.phase != "param":
-                key = (_moment(pair), tensor.module, tensor.phase)
-                self._places.setdefault(key, {})[tensor.name] = place
+                key = (moment, tensor.module, tensor.phase)
+                self._operands.setdefault(key, {})[tensor.name] = place
+            elif tensor.is_received_gradient:
+                self._gradients.setdefault((moment, tensor.module), []).append(place)
 
-    def used(self, tensor: Tensor, moment: object) -> dict[str, int]:
-        """Those of the module that makes this tensor with them, by name."""
+    def operands(self, tensor: Tensor, moment: object) -> dict[str, int]:
+        """Weights as they were used by the module that makes this tensor with them, by name."""
         if not tensor.returned or tensor.phase == "grad":
             return {}
-        own = (
-            self._places.get((moment, tensor.module, way), {}) for way in ("forward", "backward")
-        )
-        forward, backward = own
-        return forward if tensor.phase == "forward" else forward | backward
+        phases = ("forward",) if tensor.phase == "forward" else ("forward", "backward")
+        used: dict[str, int] = {}
+        for phase in phases:
+            used |= self._operands.get((moment, tensor.module, phase), {})
+        return used
+
+    def gradients(self, tensor: Tensor, moment: object, place: int) -> tuple[int, ...]:
+        """What the module of a gradient was given, where all of that was recorded later."""
+        if tensor.phase == "forward" or not tensor.returned:
+            return ()
+        known = self._gradients.get((moment, tensor.module), [])
+        return tuple(known) if known and known[0] > place else ()
 
 
 def _joined(past: Sources, found: Sources, weights: Iterable[int]) -> Sources:
@@ -162,16 +173,18 @@ class _History:
         self._alike: dict[tuple[object, ...], int] = {}
         self._last: int | None = None
 
-    def add(self, tensor: Tensor, pair: Pair, place: int) -> None:
-        """Remember a tensor for those that come later."""
+    def add(self, tensor: Tensor, pair: Pair, place: int, *, alike: bool) -> None:
+        """Remember a tensor for those that come later; where `alike`, also by its numbers."""
         self._tree.add(tensor, place)
-        if pair.error > 0:
+        if pair.error > 0 and alike:
             self._alike[_numbers(pair)] = place
         self._last = place
 
-    def sources(self, tensor: Tensor, pair: Pair) -> Sources:
+    def sources(self, tensor: Tensor, pair: Pair, belated: tuple[int, ...]) -> Sources:
         """What it comes from; the tensor before it, where names tell nothing."""
         found = self._by_names(tensor)
+        if belated:
+            found = replace(found, factors=belated, known=True)
         twin = self._alike.get(_numbers(pair))
         if twin is not None:
             return replace(found, through=(*found.through, twin))

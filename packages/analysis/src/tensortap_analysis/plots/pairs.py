@@ -54,7 +54,7 @@ def pair(ref: Captured, run: Captured, limit: int) -> Pair:
     one, two = ref.open(), run.open()
     aligned = align(one.shape, one.dims, two.shape, two.dims)
     if isinstance(aligned, str):
-        raise NotComparable(aligned, "mismatch")
+        raise NotComparable(aligned, "shape")
     count = math.prod(one.shape)
     every = max(1, -(-count // limit))
     found: list[tuple[Floats, Floats]] = []
