@@ -14,6 +14,7 @@ from torch import nn
 
 from tensortap.sinks import MemorySink
 from tensortap.tap import attach
+from tensortap.targets import lazily_run
 from tensortap.walk import tensors_in
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -91,10 +92,18 @@ class _Step:
             scalar = self.loss(output) if self.loss is not None else _scalar(output)
             if scalar is not None and scalar.requires_grad:
                 scalar.backward()  # type: ignore[no-untyped-call]
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            self._wait(output)
             seconds = time.perf_counter() - begin
             return self._results(output), seconds
+
+    def _wait(self, output: Any) -> None:
+        """Let the step be done: nothing is still queued, or only in a graph."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        for backend in lazily_run(self.model):
+            backend.run()
+            for _, tensor in tensors_in("output", output):
+                tensor.detach().cpu()
 
     def _call(self) -> Any:
         if isinstance(self.batch, Mapping):

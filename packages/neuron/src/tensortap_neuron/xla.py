@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -18,7 +17,7 @@ import torch
 from tensortap.backends import Allocate, Reduction, Snapshot
 from tensortap.records import Statistics
 from tensortap_neuron import reduction
-from tensortap_neuron.reduction import Layout
+from tensortap_neuron.pending import Clone, Pending, Vector, contiguous_clone, still_waiting
 from tensortap_neuron.xla_runtime import Runtime
 
 
@@ -32,7 +31,7 @@ class XlaBackend:
         self._runtime = runtime or Runtime()
         self._wide = wide or (torch.float64 if self._runtime.has_float64() else torch.float32)
         self._powers: dict[torch.device, torch.Tensor] = {}
-        self._known: dict[Hashable, _Vector | _Clone] = {}
+        self._known: dict[Hashable, Pending] = {}
         self._watchers: list[Callable[[], None]] = []
         self._told = False
         self._lock = threading.RLock()
@@ -54,9 +53,8 @@ class XlaBackend:
 
     def snapshot(self, tensor: torch.Tensor, allocate: Allocate, *, stride: int = 1) -> Snapshot:
         """Add a clone to the graph: a view, even a detached one, would follow in-place ops."""
-        return cast(
-            Snapshot, self._once(("values", stride), tensor, lambda: self._clone(tensor, stride))
-        )
+        found = self._once(("values", stride), tensor, lambda: self._clone(tensor, stride))
+        return cast(Clone, found)
 
     def flush(self, reductions: Sequence[Reduction]) -> list[Statistics]:
         """Run the graph and fetch statistics; for callers that hold nothing else."""
@@ -67,12 +65,12 @@ class XlaBackend:
         self, reductions: Sequence[Reduction], snapshots: Sequence[Snapshot]
     ) -> list[Statistics]:
         """Fetch everything by one transfer; runs nothing once the graph has run."""
-        both = cast("list[_Vector | _Clone]", [*reductions, *snapshots])
-        unique = {id(one): one for one in both if one.lazy is not None}.values()
-        fetched = self._runtime.fetch([cast(torch.Tensor, one.lazy) for one in unique])
-        for one, value in zip(unique, fetched, strict=True):
+        vectors = cast("Sequence[Vector]", reductions)
+        queued = still_waiting(cast("list[Pending]", [*vectors, *snapshots]))
+        fetched = self._runtime.fetch([tensor for _, tensor in queued])
+        for (one, _), value in zip(queued, fetched, strict=True):
             one.arrived(value)
-        return [one.statistics() for one in cast("Sequence[_Vector]", reductions)]
+        return [vector.statistics() for vector in vectors]
 
     def watch(self, ran: Callable[[], None]) -> None:
         """Call `ran` when the graph under way has run, by `run` or by the user."""
@@ -106,12 +104,7 @@ class XlaBackend:
         for ran in watchers:
             ran()
 
-    def _once(
-        self,
-        kind: Hashable,
-        tensor: torch.Tensor,
-        make: Callable[[], _Vector | _Clone],
-    ) -> _Vector | _Clone:
+    def _once(self, kind: Hashable, tensor: torch.Tensor, make: Callable[[], Pending]) -> Pending:
         """What was made of the same value in the graph under way, or a new one."""
         identity = self._runtime.identity(tensor)
         if identity is None:
@@ -122,61 +115,19 @@ class XlaBackend:
                 self._known[key] = make()
             return self._known[key]
 
-    def _vector(self, tensor: torch.Tensor, *, exponents: bool) -> _Vector:
+    def _vector(self, tensor: torch.Tensor, *, exponents: bool) -> Vector:
         layout = reduction.layout(tensor, exponents=exponents, wide=self._wide)
         if tensor.numel() == 0:
-            return _Vector(layout, None, [])
+            return Vector(layout, None)
         powers = self._powers_on(tensor.device) if exponents else None
-        vector = reduction.vector(tensor, layout, powers)
-        return _Vector(layout, self._runtime.whole(vector))
+        return Vector(layout, self._runtime.whole(reduction.vector(tensor, layout, powers)))
 
     def _powers_on(self, device: torch.device) -> torch.Tensor:
         if device not in self._powers:
             self._powers[device] = reduction.powers_of_two(self._wide, device)
         return self._powers[device]
 
-    def _clone(self, tensor: torch.Tensor, stride: int) -> _Clone:
-        tensor = tensor.detach().resolve_conj().resolve_neg()
-        wanted = tensor if stride == 1 else tensor.reshape(-1)[::stride]
-        clone = wanted.clone(memory_format=torch.contiguous_format)
-        return _Clone(wanted.nbytes, self, wanted.shape, self._runtime.whole(clone))
-
-
-@dataclass(slots=True)
-class _Vector:
-    """Statistics on their way: in the graph first, on the host then."""
-
-    layout: Layout
-    lazy: torch.Tensor | None
-    numbers: list[float] | None = None
-
-    def arrived(self, value: torch.Tensor) -> None:
-        """It has been fetched."""
-        self.lazy, self.numbers = None, value.reshape(-1).tolist()
-
-    def statistics(self) -> Statistics:
-        """Of a vector that has arrived."""
-        assert self.numbers is not None
-        return reduction.statistics(self.numbers, self.layout)
-
-
-@dataclass(slots=True)
-class _Clone:
-    """Values on their way."""
-
-    nbytes: int
-    backend: XlaBackend
-    shape: torch.Size
-    lazy: torch.Tensor | None
-    value: torch.Tensor | None = None
-
-    def arrived(self, value: torch.Tensor) -> None:
-        """It has been fetched."""
-        self.lazy, self.value = None, value.reshape(self.shape).contiguous()
-
-    def host(self) -> torch.Tensor:
-        """The values; fetched now if nobody has collected them."""
-        if self.value is None:
-            self.backend.collect([], [self])
-        assert self.value is not None
-        return self.value
+    def _clone(self, tensor: torch.Tensor, stride: int) -> Clone:
+        clone = contiguous_clone(tensor, stride)
+        waiting = self._runtime.whole(clone)
+        return Clone(clone.nbytes, clone.shape, waiting, lambda one: self.collect([], [one]))
