@@ -253,3 +253,61 @@ def test_norms_attention_and_positions_that_are_wrong_are_found_where_they_are(t
 
     assert "layers.2.attn.core/forward/context" in changed(scaled, "scaling")
     assert changed(other_eps, "eps") == ["layers.1.input_norm/forward/output"]
+
+
+def small(kind):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        config = transformers.GPT2Config(
+            vocab_size=64,
+            n_embd=32,
+            n_layer=3,
+            n_head=4,
+            n_positions=16,
+            use_cache=False,
+            bos_token_id=0,
+            eos_token_id=0,
+            embd_pdrop=0.0,
+            resid_pdrop=0.0,
+            attn_pdrop=0.0,
+        )
+        return transformers.GPT2LMHeadModel(config).train(), "transformer.h.1.mlp.c_proj"
+    config = transformers.MambaConfig(
+        vocab_size=64, hidden_size=32, state_size=4, num_hidden_layers=3, use_cache=False
+    )
+    return transformers.MambaForCausalLM(config).train(), "backbone.layers.1.mixer.out_proj"
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("gpt2", "layers.1.mlp.down"), ("mamba", "layers.1.mixer.out_proj")],
+)
+def test_of_a_changed_weight_nothing_else_is_local_forward_or_backward(tmp_path, kind, name):
+    model, module = small(kind)
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        weight = changed.get_submodule(module).weight
+        weight *= 1 + 0.1 * torch.randn_like(weight)
+    ref, run = capture(model, tmp_path / "ref"), capture(changed, tmp_path / "run")
+    [found] = compare(ref, run).runs
+    assert [one.name for one in found.local] == [f"{name}/param/weight"]
+    assert {one.name for one in found.suspects} == {f"{name}/param/weight"}
+    inherited = {one.name for one in found.divergences if one.origin == "inherited"}
+    assert any("/backward/" in one for one in inherited)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "mamba"])
+def test_zeros_of_another_dtype_are_no_divergence_of_a_bf16_run_from_its_noise(tmp_path, kind):
+    model, _ = small(kind)
+    ref = capture(model, tmp_path / "ref")
+    run, noise = (capture(model, tmp_path / word, dtype=torch.bfloat16) for word in ("a", "b"))
+    [found] = compare(ref, run, noise=noise).runs
+    assert found.verdict == "agree"
+    zeros = [
+        j
+        for p, j in zip(found.pairs, found.judgements, strict=True)
+        if p.name.endswith("bias") and p.metrics.ref.rms == 0
+    ]
+    assert zeros
+    assert {judgement.grade for judgement in zeros} <= {"equal values"}

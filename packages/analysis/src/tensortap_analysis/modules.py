@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
+
+from tensortap_analysis.words import layer_of
 
 _RETURNED = ("output", "context", "probs", "state")
 _RECEIVED_BACKWARD = ("grad_output", "grad_context")
@@ -12,24 +15,22 @@ ROOT = "root"
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A canonical name, in its three parts."""
+    """A canonical name, in its three parts.
+
+    `returned`: the module computed it, rather than received it. `is_weight`: it is a parameter,
+    or an operand made of one, rather than a gradient.
+    """
 
     module: str
     phase: str
     name: str
+    returned: bool
+    is_weight: bool
 
     @classmethod
     def of(cls, name: str) -> Tensor:
         """Parse a canonical name."""
-        return cls(*name.split("/"))
-
-    @property
-    def returned(self) -> bool:
-        """Did the module compute it (rather than receive it)?"""
-        word = self.name.split(".")[0]
-        if self.phase == "forward":
-            return word in _RETURNED
-        return word not in _RECEIVED_BACKWARD
+        return _parsed(name)
 
     @property
     def is_received_gradient(self) -> bool:
@@ -37,56 +38,58 @@ class Tensor:
         return self.phase == "backward" and not self.returned
 
     @property
-    def is_weight(self) -> bool:
-        """Is it a parameter, or an operand made of one (rather than a gradient)?"""
-        named = self.name.split(".")[0] in ("weight", "bias")
-        return self.phase == "param" or (named and self.phase != "grad")
-
-    @property
     def is_from_outside(self) -> bool:
         """Was the whole model given it?"""
         return self.module == ROOT and self.phase == "forward" and not self.returned
 
 
+@lru_cache(maxsize=1 << 16)  # the names of a step come again at the next one
+def _parsed(text: str) -> Tensor:
+    module, phase, name = text.split("/")
+    word = name.split(".")[0]
+    forward = phase == "forward"
+    returned = word in _RETURNED if forward else word not in _RECEIVED_BACKWARD
+    weight = phase == "param" or (word in ("weight", "bias") and phase != "grad")
+    return Tensor(module, phase, name, returned, weight)
+
+
 @dataclass(slots=True)
 class _Node:
-    """One module: its latest tensors, by phase and name, and the modules inside it."""
+    """One module: its latest tensors, and the modules inside it; `numbered`: it is one of many."""
 
     path: str
-    latest: dict[tuple[str, str], int] = field(default_factory=dict)
+    numbered: bool
+    latest: dict[Tensor, int] = field(default_factory=dict)
     children: dict[str, _Node] = field(default_factory=dict)
     recent: dict[str, list[str]] = field(default_factory=dict)
     """Numbered children that were seen in a phase, the last one last."""
 
-    @property
-    def numbered(self) -> bool:
-        return self.path.rpartition(".")[2].isdecimal()
-
-    def own(self, phase: str, *, returned: bool) -> Iterator[int]:
+    def own(self, phase: str, *, returned: bool) -> list[int]:
         """Tensors that this module returned, or that it was given."""
-        for (seen, name), place in self.latest.items():
-            tensor = Tensor(self.path, seen, name)
-            if seen == phase and tensor.returned == returned and not tensor.is_weight:
-                yield place
+        return [
+            place
+            for tensor, place in self.latest.items()
+            if tensor.phase == phase and tensor.returned is returned and not tensor.is_weight
+        ]
 
 
 class Tree:
     """The modules of one microbatch as they were seen so far; tensors are known by their places."""
 
     def __init__(self) -> None:
-        self._top = _Node("")
+        self._top = _Node("", False)
         self._nodes: dict[str, _Node] = {"": self._top}
 
     def add(self, tensor: Tensor, place: int) -> None:
         """Remember a tensor."""
         node = self._node(tensor.module)
-        node.latest[tensor.phase, tensor.name] = place
+        node.latest[tensor] = place
         self._touch(node, tensor.phase)
 
     def find(self, tensor: Tensor) -> int | None:
         """The place of the tensor of this name."""
         node = self._nodes.get(tensor.module)
-        return None if node is None else node.latest.get((tensor.phase, tensor.name))
+        return None if node is None else node.latest.get(tensor)
 
     def inputs(self, tensor: Tensor) -> Iterator[int]:
         """What its module was given, in the direction of this tensor."""
@@ -101,16 +104,21 @@ class Tree:
         yield from self._inside(self._top if node.path == ROOT else node, phase)
 
     def given(self, tensor: Tensor) -> Iterator[int]:
-        """Where that which its module is given comes from."""
+        """Where that which its module is given comes from.
+
+        In a layer that is what the nearest module around it has; outside of all layers names may
+        have been moved (`transformer.drop` beside `layers.0`), and all that is around counts.
+        """
         node, phase = self._node(tensor.module), tensor.phase
         phase = "backward" if phase == "grad" else phase
+        nearest = layer_of(tensor.module) is not None
         parent = self._parent(node)
         while parent is not None:
             before = [*self._inside(parent, phase, but=node)]
             above = parent if parent.path else self._nodes.get(ROOT, parent)
             before += above.own(phase, returned=False)
             yield from before
-            if before:
+            if before and nearest:
                 return
             node, parent = parent, self._parent(parent)
 
@@ -135,12 +143,12 @@ class Tree:
         for child in parent.children.values():
             if child is but or (child.numbered and child.path not in recent[-1:]):
                 continue
-            own = list(child.own(phase, returned=True)) or list(self._inside(child, phase))
+            own = child.own(phase, returned=True) or list(self._inside(child, phase))
             yield from own or child.own(phase, returned=False)
 
     def _node(self, path: str) -> _Node:
         if path not in self._nodes:
-            node = self._nodes[path] = _Node(path)
+            node = self._nodes[path] = _Node(path, path.rpartition(".")[2].isdecimal())
             if path != ROOT:
                 self._node(path.rpartition(".")[0]).children[path] = node
         return self._nodes[path]

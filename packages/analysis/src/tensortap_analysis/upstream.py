@@ -40,8 +40,9 @@ class Sources:
 def upstream(pairs: Iterable[Pair]) -> Iterator[Sources]:
     """For each pair what it was computed from; pairs in execution order.
 
-    A weight as it was used may be recorded after the output that it made, and the gradient that a
-    module is given after the one that it returns: their places are then later ones.
+    Nothing is looked for of what is equal. A weight as it was used may be recorded after the
+    output that it made, and the gradient that a module is given after the one that it returns:
+    their places are then later ones.
     """
     pairs = list(pairs)
     belated = _Belated(pairs)
@@ -56,9 +57,10 @@ def upstream(pairs: Iterable[Pair]) -> Iterator[Sources]:
             moment = _moment(pair)
             plain = histories.get((*moment, False)) if pair.at.recompute else None
             history = histories.setdefault((*moment, pair.at.recompute), _History(plain))
-            used = weights.used(tensor) | belated.operands(tensor, moment)
             given = belated.gradients(tensor, moment, place)
-            found = _joined(found, history.sources(tensor, pair, given), used.values())
+            if not pair.equal:
+                used = weights.used(tensor) | belated.operands(tensor, moment)
+                found = _joined(found, history.sources(tensor, pair, given), used.values())
             history.add(tensor, pair, place, alike=not given)
         yield found
         weights.add(tensor, place)
