@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -386,3 +387,19 @@ def test_parameters_are_recorded_as_the_codes_they_are(calibrated: Any, shown: A
         assert shown["fp32"].record(f"layers.0.mixer.{name}").dtype == "float32"
     weight = shown["0"]("layers.0.mixer.in_proj/param/weight")
     assert torch.equal(weight, shown["0"]("layers.0.mixer.in_proj/forward/weight"))
+
+
+def test_codes_of_a_run_are_read_as_the_numbers_they_stand_for(
+    calibrated: Any, shown: Any, tmp_path: Path
+) -> None:
+    model, scales, ids = calibrated
+    for mode in ("2-1", "2-2"):
+        with modes.apply(model, mode, family="quamba", calibration=scales), torch.no_grad():
+            with tensortap.attach(model, tmp_path / mode, select="*.mixer.*", values="full"):
+                model(ids, use_cache=False)
+    name = "layers.1.mixer.scan/forward/u"
+    with tensortap.open_run(tmp_path / "2-1") as run, tensortap.open_run(tmp_path / "2-2") as same:
+        assert run.tensor(name).dtype == torch.int8
+        assert same.tensor(name).dtype == torch.float32
+        assert torch.equal(quamba.values(run, name), quamba.values(same, name))
+        assert torch.equal(quamba.values(run, name, step=0), shown["2-1"].values(name))

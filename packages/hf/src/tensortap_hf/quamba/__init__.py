@@ -14,7 +14,8 @@ papers arXiv 2410.13229 and 2601.09451 and their public code.
 """
 
 from tensortap_hf.quamba.calibration import calibrate
+from tensortap_hf.quamba.reading import values
 from tensortap_hf.quamba.rotation import is_residual, unrotate
 from tensortap_hf.quamba.scales import LayerScales, Scales
 
-__all__ = ["LayerScales", "Scales", "calibrate", "is_residual", "unrotate"]
+__all__ = ["LayerScales", "Scales", "calibrate", "is_residual", "unrotate", "values"]

@@ -21,8 +21,8 @@ from torch import nn
 from tensortap_hf.quamba import hadamard
 from tensortap_hf.quamba.parts import Parts
 
-_ROWS = 4096
-"""Of a matrix at a time: the float64 copy of an embedding is twice its size."""
+_ROWS = 512
+"""Of a matrix at a time: its float64 copy stays in the cache, that of an embedding would be large."""
 
 _RESIDUAL = re.compile(
     r"embed/forward/output"

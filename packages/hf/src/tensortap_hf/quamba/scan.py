@@ -20,6 +20,10 @@ import torch
 _CACHED = 1 << 19
 """Elements of a and of b that are worked on at once, so that they stay in a core's cache."""
 
+_SERIAL = (1 << 15) - 1
+"""Elements of one operation. Beyond, torch shares it among threads: with thousands of operations
+each waits for the slowest, and where other programs run that is most of the time."""
+
 _WARP = 32
 _LAUNCHES = ((128, 32, 4), (256, 32, 8), (512, 32, 16), (1024, 64, 16))
 """Up to so many tokens the kernel runs with so many threads of so many tokens each."""
@@ -92,17 +96,24 @@ def scan(inputs: ScanInputs, order: Order) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _steps(inputs: ScanInputs, time: slice) -> _Steps:
     """(a, b) of some tokens, [batch, token, state, channel]."""
-    u, dt = inputs.u[:, time], inputs.dt[:, time]
-    a = torch.exp(dt[:, :, None] * inputs.A.T)
-    return a, (dt * u)[:, :, None] * inputs.B[:, time, :, None]
+    dt, B, A = inputs.dt[:, time], inputs.B[:, time], inputs.A.T.contiguous()
+    driven = dt * inputs.u[:, time]
+    a = dt.new_empty(*dt.shape[:2], *A.shape)
+    b = torch.empty_like(a)
+    for some in _slices(dt.shape[1], max(1, _SERIAL // (dt.shape[0] * A.numel()))):
+        torch.mul(dt[:, some, None], A, out=a[:, some]).exp_()
+        torch.mul(driven[:, some, None], B[:, some, :, None], out=b[:, some])
+    return a, b
 
 
 def _write(inputs: ScanInputs, time: slice, h: torch.Tensor, output: torch.Tensor) -> None:
     """Outputs of some tokens from their states; added one after the other, as the kernel does."""
-    torch.mul(inputs.D, inputs.u[:, time], out=output)
-    term = torch.empty_like(output)
-    for n in range(h.shape[2]):
-        output.add_(torch.mul(h[:, :, n], inputs.C[:, time, n, None], out=term))
+    C, skipped = inputs.C[:, time], inputs.D * inputs.u[:, time]
+    for some in _slices(h.shape[1], max(1, _SERIAL // (h.shape[0] * h.shape[3]))):
+        total = skipped[:, some]
+        for n in range(h.shape[2]):
+            total.add_(h[:, some, n] * C[:, some, n, None])
+        output[:, some] = total
 
 
 def _in_sequence(a: torch.Tensor, b: torch.Tensor, h: torch.Tensor, tokens: int) -> torch.Tensor:
@@ -119,7 +130,8 @@ def _in_blocks(a: torch.Tensor, b: torch.Tensor, h: torch.Tensor, tokens: int) -
     prefix = torch.cat([h[:, None], before[0] * h[:, None] + before[1]], dim=1)
     for step, h_next in zip(steps_a.unbind(2), steps_b.unbind(2), strict=True):
         prefix = h_next.add_(step.mul_(prefix))
-    b.copy_(steps_b.flatten(1, 2)[:, : b.shape[1]])
+    if steps_b.shape[1] * steps_b.shape[2] > b.shape[1]:
+        b.copy_(steps_b.flatten(1, 2)[:, : b.shape[1]])  # The padded ones are not a view of b.
     return whole[0] * h + whole[1]
 
 
@@ -179,7 +191,7 @@ def _sequential_piece(tokens: int, channels: int, states: int) -> tuple[int, int
 
 def _blocked_piece(tokens: int, channels: int, states: int) -> tuple[int, int]:
     threads, each = _launch(tokens)
-    return threads * each, max(1, _CACHED // (threads * each * states))
+    return threads * each, max(1, min(_CACHED // each, _SERIAL) // (threads * states))
 
 
 def _slices(length: int, step: int) -> Iterator[slice]:
