@@ -22,7 +22,7 @@ from tensortap_hf.quamba import hadamard
 from tensortap_hf.quamba.parts import Parts
 
 _ROWS = 512
-"""Of a matrix at a time: its float64 copy stays in the cache, that of an embedding would be large."""
+"""Of a matrix at a time: the float64 copy stays in the cache."""
 
 _RESIDUAL = re.compile(
     r"embed/forward/output"
