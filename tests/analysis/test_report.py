@@ -6,6 +6,8 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
@@ -328,3 +330,12 @@ def test_infinite_errors_have_a_place_in_the_grid_of_layers(runs, tmp_path):
     place = heat["y"].index("down/forward/output")
     assert heat["text"][place] == ["", "", "", "∞", "∞"]
     assert [value is None for value in heat["z"][place]] == [True, True, True, False, False]
+
+
+def test_other_commands_do_not_load_what_draws():
+    code = (
+        "import sys, tensortap_analysis.report.command, tensortap_analysis.plots.command, "
+        "tensortap_analysis.whatif.command\n"
+        "sys.exit(any(name in sys.modules for name in ('plotly', 'matplotlib')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
