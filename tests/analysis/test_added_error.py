@@ -9,11 +9,12 @@ import math
 import pytest
 import torch
 from tests.analysis.small_runs import PlainMlp, capture, capture_plain, llama, noisy_output
+from tests.core.store.building import record, write_run
 from torch import nn
 
 import tensortap
 from tensortap.formats import get
-from tensortap_analysis import Comparison, compare
+from tensortap_analysis import Comparison, compare, products
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.xdist_group("analysis-added-error")
@@ -42,6 +43,19 @@ def mxfp4(*modules):
         return hooked()
 
     return break_it
+
+
+@pytest.fixture(scope="module")
+def llamas(tmp_path_factory):
+    """Runs of one Llama; each made once."""
+    folder, model = tmp_path_factory.mktemp("llama"), llama()
+
+    def run(name, **options):
+        if not (folder / name).exists():
+            capture(model, folder / name, **options)
+        return folder / name
+
+    return run
 
 
 def linears(model, *, but=()):
@@ -127,18 +141,67 @@ def test_the_added_error_of_a_product_is_that_of_the_rounded_operands(deep):
 @pytest.mark.parametrize(
     ("second", "noisy"), [(0.02, False), (0.05, False), (0.05, True), (0.1, True)]
 )
-def test_two_faulty_layers_are_both_named_whatever_their_sizes(tmp_path, second, noisy):
-    model = llama()
-    ref = capture(model, tmp_path / "ref")
+def test_two_faulty_layers_are_both_named_whatever_their_sizes(llamas, second, noisy):
     faults = [("model.layers.0.mlp.down_proj", 0.05), ("model.layers.2.mlp.down_proj", second)]
-    run = capture(model, tmp_path / "run", broken=[noisy_output(*fault) for fault in faults])
-    noise = capture(model, tmp_path / "bf16", dtype=torch.bfloat16) if noisy else None
-    [found] = compare(ref, run, noise=noise).runs
+    run = llamas(f"two-{second}", broken=[noisy_output(*fault) for fault in faults])
+    noise = llamas("bf16", dtype=torch.bfloat16) if noisy else None
+    [found] = compare(llamas("ref"), run, noise=noise).runs
     local = {one.name: one for one in found.local}
     assert list(local) == [f"layers.{n}.mlp.down/forward/output" for n in (0, 2)]
     assert local["layers.0.mlp.down/forward/output"].local == pytest.approx(0.05, rel=0.15)
     assert local["layers.2.mlp.down/forward/output"].local == pytest.approx(second, rel=0.15)
     assert found.first_divergence.name == "layers.0.mlp.down/forward/output"
+
+
+def test_of_large_products_rows_and_columns_are_drawn_and_tell_the_same(deep, monkeypatch):
+    whole, some = {}, {}
+    for found in (whole, some):
+        [run] = compare(deep / "ref", deep / "all").runs
+        found |= {pair.name: pair.passed for pair in run.pairs if pair.passed is not None}
+        monkeypatch.setattr(products, "_WORK", 16 * 32 * 64)
+        monkeypatch.setattr(products, "_COLUMNS", 32)
+    assert len(whole) == 24  # all but the first, whose input is equal; the head as well
+    assert len(some) > 18  # where what was drawn does not stand for all, nothing is said
+    assert some.pop("head/forward/output") == whole["head/forward/output"]  # small enough
+    for name, passed in some.items():
+        assert passed != whole[name]
+        assert passed.local == pytest.approx(whole[name].local, rel=0.25)
+        assert passed.inherited == pytest.approx(whole[name].inherited, rel=0.25)
+
+
+def test_a_bias_that_is_handed_on_is_no_part_of_the_product(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    x, w, b = (torch.randn(*size, generator=generator) for size in ((40, 16), (8, 16), (8,)))
+
+    def run_of(path, x, off=0.0):
+        rows = [
+            ("layers.0.mlp.up/param/weight", w), ("layers.0.mlp.up/param/bias", 3 * b),
+            ("layers.0.mlp.up/forward/input", x),
+            ("layers.0.mlp.up/forward/output", x @ w.T * (1 + off)),
+        ]  # fmt: skip
+        return write_run(path, [(record(n, t, seq), t) for seq, (n, t) in enumerate(rows)])
+
+    near = x + 0.1 * torch.randn(40, 16, generator=generator)
+    ref = run_of(tmp_path / "ref", x)
+    [found] = compare(ref, run_of(tmp_path / "run", near, off=0.01)).runs
+    passed = found.pairs[-1].passed
+    assert passed.local == pytest.approx(0.01, rel=0.05)
+    assert passed.inherited == pytest.approx(0.1, rel=0.15)
+
+
+def test_what_is_no_product_is_not_taken_for_one(tmp_path):
+    x, w = torch.randn(40, 16), torch.randn(16, 16)
+
+    def run_of(path, x):
+        rows = [
+            ("layers.0.mixer/param/weight", w), ("layers.0.mixer/forward/input", x),
+            ("layers.0.mixer/forward/output", torch.tanh(x) + 1),
+        ]  # fmt: skip
+        return write_run(path, [(record(n, t, seq), t) for seq, (n, t) in enumerate(rows)])
+
+    [found] = compare(run_of(tmp_path / "a", x), run_of(tmp_path / "b", x * 1.1)).runs
+    assert found.pairs[-1].passed is None
+    assert found.divergences[-1].basis == "expected"
 
 
 def test_without_weights_a_clear_addition_is_a_suspect_and_marked_as_an_estimate(tmp_path):
@@ -172,8 +235,6 @@ def test_a_weight_is_an_input_of_what_is_made_with_it(tmp_path):
 
 
 def test_a_weight_that_was_recorded_after_its_product_comes_before_it(tmp_path):
-    from tests.core.store.building import record, write_run
-
     def run_of(path, weight):
         x = torch.eye(8)
         rows = [
@@ -190,18 +251,15 @@ def test_a_weight_that_was_recorded_after_its_product_comes_before_it(tmp_path):
     assert [one.name for one in found.local] == ["layers.0.mlp.up/forward/weight"]
 
 
-def test_what_was_not_captured_is_not_said_to_be_equal(tmp_path):
-    model = llama()
+def test_what_was_not_captured_is_not_said_to_be_equal(llamas):
     only = {"select": "layers.*/forward/output,*/grad/weight"}
-    ref = capture(model, tmp_path / "ref", **only)
-    broken = [noisy_output("model.layers.0.input_layernorm")]
-    [run] = compare(ref, capture(model, tmp_path / "run", broken=broken, **only)).runs
+    broken = {"broken": [noisy_output("model.layers.0.input_layernorm")]}
+    [run] = compare(llamas("part", **only), llamas("part-norm", **only, **broken)).runs
     first = run.first_divergence
     assert first.name == "layers.0.input_norm/forward/output"
     assert not first.known
     assert str(first).endswith("; what it was computed from was not all captured")
-    whole = capture(model, tmp_path / "whole", broken=broken)
-    [run] = compare(capture(model, tmp_path / "all"), whole).runs
+    [run] = compare(llamas("ref"), llamas("norm", **broken)).runs
     assert run.first_divergence.known
     assert str(run.first_divergence).endswith("; nothing it was computed from differs")
 
@@ -223,11 +281,10 @@ def test_recomputed_forwards_inherit_from_the_plain_ones(tmp_path):
         ("layers.2.self_attn.k_proj", "layers.2.attn.k"),
     ],
 )
-def test_by_statistics_nothing_is_local_but_what_has_equal_inputs(tmp_path, module, name):
-    model = llama()
-    ref = capture(model, tmp_path / "ref", values="stats")
+def test_by_statistics_nothing_is_local_but_what_has_equal_inputs(llamas, module, name):
     broken = [noisy_output(f"model.{module}", 0.3)]
-    [run] = compare(ref, capture(model, tmp_path / "run", values="stats", broken=broken)).runs
+    broken_run = llamas(f"stats-{name}", values="stats", broken=broken)
+    [run] = compare(llamas("stats", values="stats"), broken_run).runs
     assert {one.name for one in run.local} == {f"{name}/forward/output"}
     later = next(one for one in run.divergences if one.basis == "statistics")
     assert "statistics do not tell" in str(later)
@@ -235,14 +292,13 @@ def test_by_statistics_nothing_is_local_but_what_has_equal_inputs(tmp_path, modu
     assert math.isfinite(run.first_divergence.local)
 
 
-def test_norms_attention_and_positions_that_are_wrong_are_found_where_they_are(tmp_path):
+def test_norms_attention_and_positions_that_are_wrong_are_found_where_they_are(llamas, tmp_path):
     model = llama()
-    ref = capture(model, tmp_path / "ref")
 
     def changed(change, path):
         other = copy.deepcopy(model)
         change(other.model)
-        [run] = compare(ref, capture(other, tmp_path / path)).runs
+        [run] = compare(llamas("ref"), capture(other, tmp_path / path)).runs
         return [one.name for one in run.local]
 
     def scaled(inner):
@@ -293,8 +349,10 @@ def test_of_a_changed_weight_nothing_else_is_local_forward_or_backward(tmp_path,
     [found] = compare(ref, run).runs
     assert [one.name for one in found.local] == [f"{name}/param/weight"]
     assert {one.name for one in found.suspects} == {f"{name}/param/weight"}
-    inherited = {one.name for one in found.divergences if one.origin == "inherited"}
-    assert any("/backward/" in one for one in inherited)
+    inherited = [one for one in found.divergences if one.origin == "inherited"]
+    assert any("/backward/" in one.name for one in inherited)
+    measured = [one.name for one in inherited if one.basis == "measured"]
+    assert measured[-1] == "lm_head/forward/output" or measured[-1].startswith("layers.2")
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "mamba"])

@@ -295,6 +295,28 @@ def test_a_saved_comparison_is_judged_again_without_the_runs(mlp, tmp_path):
     assert Comparison.load(tmp_path / "again.json").thresholds == {"max_abs": 99.0}
 
 
+def test_thresholds_that_were_replaced_stay_so_as_long_as_the_preset_stays(mlp, tmp_path):
+    found = compare(mlp / "ref", mlp / "bad", thresholds={"bhattacharyya": 0.9})
+    found.save(tmp_path / "saved.json")
+    loaded = Comparison.load(tmp_path / "saved.json")
+    assert loaded.judge(ratio=2).thresholds == {"bhattacharyya": 0.9, "ratio": 2}
+    assert loaded.judge("noise", ratio=2).thresholds == {"bhattacharyya": 0.9, "ratio": 2}
+    assert loaded.judge("classic").thresholds == {}
+
+
+def test_a_narrowed_comparison_is_that_of_the_narrowed_runs(mlp):
+    whole, select = compare(mlp / "ref", mlp / "bad"), "layers.1.*,head/forward/*"
+    asked = compare(mlp / "ref", mlp / "bad", select=select)
+    narrowed = whole.narrowed(select, step=0)
+    ours, theirs = ([(p.at, p.metrics) for p in found.runs[0].pairs] for found in (narrowed, asked))
+    assert ours == theirs
+    assert narrowed.runs[0].judgements == asked.runs[0].judgements
+    with pytest.raises(SelectionError, match="matches nothing in the comparison"):
+        whole.narrowed("nope")
+    with pytest.raises(ConfigError, match="Nothing was compared at step 4, only at step 0"):
+        whole.narrowed(step=4)
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"kind": "tensortap-comparison", "schema": 9}'])
 def test_a_file_that_is_no_comparison_is_refused(tmp_path, text):
     (tmp_path / "saved.json").write_text(text)

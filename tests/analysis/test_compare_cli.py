@@ -210,7 +210,7 @@ def test_a_saved_comparison_is_narrowed_by_name_and_step(compared, runs, tmp_pat
     assert "matches nothing in the comparison" in err
     code, _, err = compared("--from", saved, "--step", 9)
     assert code == 2
-    assert "Nothing was compared at step 9; there are step 0." in err
+    assert "Nothing was compared at step 9, only at step 0." in err
     assert compared("--from", saved, "--step", 0)[0] == 1
 
 

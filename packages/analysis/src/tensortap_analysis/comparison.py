@@ -72,7 +72,7 @@ class Comparison:
             raise wanted.nothing_in(sorted({pair.name for pair in pairs}), "the comparison")
         steps = sorted({pair.at.step for pair in pairs})
         if step is not None and step not in steps:
-            raise ConfigError(f"Nothing was compared at step {step}; there are {spelled(steps)}.")
+            raise ConfigError(f"Nothing was compared at step {step}, only at {spelled(steps)}.")
         runs = tuple(_narrowed(run, wanted, step) for run in self.runs)
         return judged_again(replace(self, runs=runs), self.thresholds or {})
 

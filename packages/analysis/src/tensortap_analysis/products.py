@@ -130,11 +130,16 @@ def _passed(
         return None if isinstance(aligned, str) else _Both(one, two, aligned)
 
     given, returned, weight = map(both, (product.input, product.output, product.weight))
-    bias = None if product.bias is None else both(product.bias)
     if given is None or returned is None or weight is None:
         return None
-    drawn = _drawn(given, returned, weight, bias)
-    return None if drawn is None else _told(*drawn, error=pairs[product.output].error)
+    added = None if product.bias is None else both(product.bias)
+    # Some linears hand their bias on instead of adding it.
+    for bias in [None] if added is None else [added, None]:
+        drawn = _drawn(given, returned, weight, bias)
+        found = drawn and _told(*drawn, error=pairs[product.output].error)
+        if found:
+            return found
+    return None
 
 
 def _drawn(
