@@ -86,9 +86,10 @@ def test_swapped_runs_are_told_by_noise_far_beyond_rounding(tmp_path, layers):
     assert warning.startswith(f"The noise run {bf16} differs from REF by 0.16 ")
 
 
-def test_bf16_noise_is_not_suspected(tmp_path, layers):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_bf16_noise_is_not_suspected_in_whatever_dtype_it_is_stored(tmp_path, layers, dtype):
     fp32 = run_of(tmp_path / "fp32", layers)
-    rounded = {n: t.bfloat16() for n, t in layers.items()}
+    rounded = {n: t.bfloat16().to(dtype) for n, t in layers.items()}
     rows = [(record(n, t, seq), t) for seq, (n, t) in enumerate(rounded.items())]
     bf16 = write_run(tmp_path / "bf16", rows)
     run = run_of(tmp_path / "run", off(layers, 1e-3, seed=1))

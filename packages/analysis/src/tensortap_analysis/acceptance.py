@@ -10,9 +10,10 @@ from tensortap_analysis.noise import usable
 from tensortap_analysis.pairs import Pair
 from tensortap_analysis.rounding import expected
 
-_FAR = 3.0
+_FAR, _LARGE = 3.0, 0.05
 """A noise run is far from the reference where the median of its errors is so many times what
-rounding explains: the estimate lies above the errors of bfloat16 runs, and not far above."""
+rounding to its dtypes explains, and this large: a run may be rounded more coarsely than the dtype
+that it is stored in, and is noise all the same."""
 
 
 def noise_warnings(
@@ -73,8 +74,8 @@ def _far_away(noise: RunFacts, beside: Sequence[Pair]) -> Iterator[str]:
     if not known:
         return
     times = median(error / floor for error, floor in known)
-    if times > _FAR:
-        size = median(error for error, _ in known)
+    size = median(error for error, _ in known)
+    if times > _FAR and size > _LARGE:
         yield (
             f"The noise run {noise.path} differs from REF by {size:.2g} (median relative error), "
             f"{times:.3g} times what rounding explains, and errors of that size are accepted: is "

@@ -133,8 +133,8 @@ def judged_again(found: Comparison, thresholds: Mapping[str, float]) -> Comparis
         again = replace(run, judgements=judgements, divergences=beyond, depth=depth)
         said = notes(found.ref, again)
         runs.append(replace(again, warnings=_warnings(found, again), notes=tuple(said)))
-    for place, more in twins(runs).items():
-        runs[place] = replace(runs[place], warnings=(*more, *runs[place].warnings))
+    for place, warning in twins(runs).items():
+        runs[place] = replace(runs[place], warnings=(warning, *runs[place].warnings))
     return replace(found, runs=tuple(runs), thresholds=dict(thresholds))
 
 

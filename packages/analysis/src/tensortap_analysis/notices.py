@@ -117,12 +117,12 @@ def _suspiciously_equal(ref: RunFacts, run: RunFacts, pairs: Sequence[Pair]) -> 
         )
 
 
-def twins(runs: Sequence[RunComparison]) -> Mapping[int, list[str]]:
+def twins(runs: Sequence[RunComparison]) -> Mapping[int, str]:
     """Warnings on runs, by place, that equal an earlier one and claim to be something else."""
-    found: dict[int, list[str]] = {}
+    found: dict[int, str] = {}
     for (_, one), (place, two) in combinations(enumerate(runs), 2):
-        if one.run.contradicts(two.run) and _equally_far(one, two):
-            found.setdefault(place, []).append(
+        if place not in found and one.run.contradicts(two.run) and _equally_far(one, two):
+            found[place] = (
                 f"{one.run.path} claims {one.run.claim} and {two.run.path} claims "
                 f"{two.run.claim}, but they differ from REF by the same numbers in all "
                 f"{len(two.pairs):,} tensors: one of them is not what it says, or the modes do "

@@ -34,11 +34,11 @@ _LEAST_OF_SUMMARY = (
     "first_mae", "last_mae", "mean_correlation", "first_mse", "worst", "last_mse", "mode",
 )  # fmt: skip
 _TENSORS = {
-    "tensor": "tensor", "step": "step", "by": "by", "mse": "MSE", "mae": "MAE",
+    "tensor": "tensor", "when": "step", "by": "by", "mse": "MSE", "mae": "MAE",
     "max_abs": "max abs", "error": "relative L2", "cosine": "cosine", "sqnr_db": "SQNR dB",
     "excess": "of limit", "grade": "judged",
 }  # fmt: skip
-_LEAST_OF_TENSORS = ("by", "mae", "mse", "step", "max_abs", "sqnr_db", "cosine")
+_LEAST_OF_TENSORS = ("by", "mae", "mse", "when", "max_abs", "sqnr_db", "cosine")
 _NOTHING = 1e-3
 """A share of a layer's error that no module is named for."""
 _LAYERS = {
@@ -123,8 +123,8 @@ def tensor_rows(run: RunComparison, limit: int = 0) -> list[Row]:
 def _tensor_row(path: str, pair: Pair, judgement: Judgement) -> dict[str, Any]:
     metrics, at = pair.metrics, pair.at
     row: dict[str, Any] = {
-        "run": path, "tensor": pair.name, "step": at.step, "microbatch": at.microbatch,
-        "call": at.call, "eval": at.eval, "recompute": at.recompute, "dp_rank": at.dp_rank,
+        "run": path, "tensor": pair.name, "when": at.when.removeprefix("step "),
+        "step": at.step, "microbatch": at.microbatch, "call": at.call, "eval": at.eval, "recompute": at.recompute, "dp_rank": at.dp_rank,
         "order": pair.order, "by": pair.by, "shape": "x".join(map(str, pair.ref.shape)) or "scalar",
         "ref_dtype": pair.ref.dtype, "run_dtype": pair.other.dtype,
     }  # fmt: skip
