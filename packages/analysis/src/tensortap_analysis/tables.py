@@ -124,7 +124,8 @@ def _tensor_row(path: str, pair: Pair, judgement: Judgement) -> dict[str, Any]:
     metrics, at = pair.metrics, pair.at
     row: dict[str, Any] = {
         "run": path, "tensor": pair.name, "when": at.when.removeprefix("step "),
-        "step": at.step, "microbatch": at.microbatch, "call": at.call, "eval": at.eval, "recompute": at.recompute, "dp_rank": at.dp_rank,
+        "step": at.step, "microbatch": at.microbatch, "call": at.call,
+        "eval": at.eval, "recompute": at.recompute, "dp_rank": at.dp_rank,
         "order": pair.order, "by": pair.by, "shape": "x".join(map(str, pair.ref.shape)) or "scalar",
         "ref_dtype": pair.ref.dtype, "run_dtype": pair.other.dtype,
     }  # fmt: skip
