@@ -169,41 +169,6 @@ def test_of_large_products_rows_and_columns_are_drawn_and_tell_the_same(deep, mo
         assert passed.inherited == pytest.approx(whole[name].inherited, rel=0.25)
 
 
-def test_a_bias_that_is_handed_on_is_no_part_of_the_product(tmp_path):
-    generator = torch.Generator().manual_seed(0)
-    x, w, b = (torch.randn(*size, generator=generator) for size in ((40, 16), (8, 16), (8,)))
-
-    def run_of(path, x, off=0.0):
-        rows = [
-            ("layers.0.mlp.up/param/weight", w), ("layers.0.mlp.up/param/bias", 3 * b),
-            ("layers.0.mlp.up/forward/input", x),
-            ("layers.0.mlp.up/forward/output", x @ w.T * (1 + off)),
-        ]  # fmt: skip
-        return write_run(path, [(record(n, t, seq), t) for seq, (n, t) in enumerate(rows)])
-
-    near = x + 0.1 * torch.randn(40, 16, generator=generator)
-    ref = run_of(tmp_path / "ref", x)
-    [found] = compare(ref, run_of(tmp_path / "run", near, off=0.01)).runs
-    passed = found.pairs[-1].passed
-    assert passed.local == pytest.approx(0.01, rel=0.05)
-    assert passed.inherited == pytest.approx(0.1, rel=0.15)
-
-
-def test_what_is_no_product_is_not_taken_for_one(tmp_path):
-    x, w = torch.randn(40, 16), torch.randn(16, 16)
-
-    def run_of(path, x):
-        rows = [
-            ("layers.0.mixer/param/weight", w), ("layers.0.mixer/forward/input", x),
-            ("layers.0.mixer/forward/output", torch.tanh(x) + 1),
-        ]  # fmt: skip
-        return write_run(path, [(record(n, t, seq), t) for seq, (n, t) in enumerate(rows)])
-
-    [found] = compare(run_of(tmp_path / "a", x), run_of(tmp_path / "b", x * 1.1)).runs
-    assert found.pairs[-1].passed is None
-    assert found.divergences[-1].basis == "expected"
-
-
 def test_without_weights_a_clear_addition_is_a_suspect_and_marked_as_an_estimate(tmp_path):
     model = PlainMlp(depth=6, width=32)
     forward = {"phases": ("forward",)}
