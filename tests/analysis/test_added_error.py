@@ -159,13 +159,12 @@ def test_of_large_products_rows_and_columns_are_drawn_and_tell_the_same(deep, mo
         [run] = compare(deep / "ref", deep / "all").runs
         found |= {pair.name: pair.passed for pair in run.pairs if pair.passed is not None}
         monkeypatch.setattr(products, "_WORK", 16 * 32 * 64)
-        monkeypatch.setattr(products, "_COLUMNS", 32)
+        monkeypatch.setattr(products, "_ELEMENTS", 32 * 64)
     assert len(whole) == 24  # all but the first, whose input is equal; the head as well
     assert len(some) > 18  # where what was drawn does not stand for all, nothing is said
-    assert some.pop("head/forward/output") == whole["head/forward/output"]  # small enough
     for name, passed in some.items():
         assert passed != whole[name]
-        assert passed.local == pytest.approx(whole[name].local, rel=0.25)
+        assert passed.local == pytest.approx(whole[name].local, rel=0.25, abs=1e-6)
         assert passed.inherited == pytest.approx(whole[name].inherited, rel=0.25)
 
 

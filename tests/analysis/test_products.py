@@ -6,7 +6,7 @@ import pytest
 import torch
 from tests.core.store.building import record, write_run
 
-from tensortap_analysis import compare
+from tensortap_analysis import compare, products
 
 
 def passed_of(tmp_path, ref, run, **fields):
@@ -90,3 +90,31 @@ def test_batch_first_and_sequence_first_are_one_product(tmp_path):
     passed = found.pairs[-1].passed
     assert passed.local < 1e-6
     assert passed.inherited == pytest.approx(found.pairs[-1].error, rel=1e-6)
+
+
+@pytest.mark.parametrize("out", [1, 300_000])
+def test_of_narrow_and_wide_outputs_only_so_much_is_read(tmp_path, monkeypatch, out):
+    read = []
+    generator = torch.Generator().manual_seed(0)
+    rows, width = (2**17, 16) if out == 1 else (8, 16)
+    x = torch.randn(rows, width, generator=generator)
+    w = torch.randn(out, width, generator=generator)
+    near = x + 0.1 * torch.randn(rows, width, generator=generator)
+
+    def tensors(x):
+        return [
+            ("head/param/weight", w), ("head/forward/input", x), ("head/forward/output", x @ w.T)
+        ]  # fmt: skip
+
+    whole = products._Both.read
+
+    def counted(self, box):
+        found = whole(self, box)
+        read.append(found.numel() // 2)
+        return found
+
+    monkeypatch.setattr(products._Both, "read", counted)
+    passed = passed_of(tmp_path, tensors(x), tensors(near))
+    assert passed.local < 1e-6
+    assert passed.inherited == pytest.approx(0.1, rel=0.15)
+    assert sum(read) < 4 * products._ELEMENTS

@@ -28,7 +28,8 @@ _MOST = 1000
 """Products of a run that are put to the test, in execution order."""
 _WORK = 1 << 27
 """Multiplications for each side; of larger products rows and columns are drawn, evenly spread."""
-_COLUMNS = 256
+_ELEMENTS = 1 << 20
+"""Of each operand and side in memory, as float64."""
 _SPANS = 8
 _ALIKE = 0.2
 """How far the error of what was drawn may be from the error of all, relatively, to stand for it."""
@@ -83,7 +84,10 @@ def with_products(
 
     some = [product for _, product in zip(range(_MOST), _products(pairs), strict=False)]
     found = dict(crew.each(measured, some))
-    return [replace(pair, passed=found.get(place)) for place, pair in enumerate(pairs)]
+    told = list(pairs)
+    for place, passed in found.items():
+        told[place] = replace(pairs[place], passed=passed)
+    return told
 
 
 def _products(pairs: Sequence[Pair]) -> Iterator[_Product]:
@@ -151,20 +155,26 @@ def _drawn(
     transposed = _is_transposed(weight, out, width)
     if lead != given_lead or transposed is None or not math.prod((*lead, out, width)):
         return None
-    columns = _spans(out, out if _fits(math.prod(lead) * out * width) else _COLUMNS)
+    columns = _spans(out, max(1, _ELEMENTS // width))
     count = sum(stop - start for start, stop in columns)
-    rows = max(_SPANS, _WORK // (count * width))
+    rows = max(1, min(_WORK // (count * width), _ELEMENTS // max(count, width)))
     boxes = list(_row_boxes(lead, rows))
-    x, y = (
-        torch.cat([side.read((*box, (0, size))).reshape(2, -1, size) for box in boxes], dim=1)
-        for side, size in ((given, width), (returned, out))
-    )
-    w = [weight.read(((0, width), span) if transposed else (span, (0, width))) for span in columns]
-    matrix = torch.cat(w, dim=2) if transposed else torch.cat(w, dim=1).transpose(1, 2)
-    product = x @ matrix
+    x = torch.cat([given.read((*box, (0, width))).reshape(2, -1, width) for box in boxes], dim=1)
+    y = torch.cat([_columns(returned, columns, box) for box in boxes], dim=1)
+    if transposed:
+        product = x @ _columns(weight, columns, ((0, width),))
+    else:
+        matrix = torch.cat([weight.read((span, (0, width))) for span in columns], dim=1)
+        product = x @ matrix.transpose(1, 2)
     if bias is not None:
-        product = product + torch.cat([bias.read((span,)) for span in columns], dim=1)[:, None]
-    return torch.cat([y[..., slice(*span)] for span in columns], dim=2), product
+        product = product + _columns(bias, columns, ())
+    return y, product
+
+
+def _columns(side: _Both, columns: Sequence[tuple[int, int]], box: Box) -> torch.Tensor:
+    """These columns of the rows in a box, of both runs: (2, rows, columns)."""
+    parts = [side.read((*box, span)) for span in columns]
+    return torch.cat([part.reshape(2, -1, part.shape[-1]) for part in parts], dim=2)
 
 
 def _is_transposed(weight: _Both, out: int, width: int) -> bool | None:
@@ -173,10 +183,6 @@ def _is_transposed(weight: _Both, out: int, width: int) -> bool | None:
     if shape == (width, out) and (dims == "in out" or width != out):
         return True
     return False if shape == (out, width) else None
-
-
-def _fits(multiplications: int) -> bool:
-    return multiplications <= _WORK
 
 
 def _spans(size: int, wanted: int) -> list[tuple[int, int]]:
