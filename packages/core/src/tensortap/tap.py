@@ -156,7 +156,7 @@ class Tap:
         with ExitStack() as last_to_first:
             last_to_first.callback(self._outcome.report)
             last_to_first.callback(self._close_sink)
-            last_to_first.callback(self._transfer.close)
+            last_to_first.callback(self._close_transfer)
             last_to_first.callback(self._capture.stop)
             last_to_first.callback(undo.run)
             self._clock.finish()
@@ -288,6 +288,12 @@ class Tap:
                 self._transfer.end_step(step)
             except Exception as failure:  # The listener reports it; the model must go on.
                 self._listener.failed(failure)
+
+    def _close_transfer(self) -> None:
+        try:
+            self._transfer.close()
+        except Exception as failure:  # The outcome reports it, which comes last.
+            self._listener.stopped(failure)
 
     def _close_sink(self) -> None:
         try:

@@ -106,14 +106,18 @@ class XlaBackend:
 
     def _once(self, kind: Hashable, tensor: torch.Tensor, make: Callable[[], Pending]) -> Pending:
         """What was made of the same value in the graph under way, or a new one."""
-        identity = self._runtime.identity(tensor)
-        if identity is None:
-            return make()
-        key = (kind, identity, tensor.dtype, tuple(tensor.shape))
         with self._lock:
-            if key not in self._known:
-                self._known[key] = make()
-            return self._known[key]
+            known = self._known.get(self._key(kind, tensor))
+            if known is None:
+                known = make()
+                # Asked again: a tensor that was not on the device yet has just been uploaded.
+                self._known[self._key(kind, tensor)] = known
+            return known
+
+    def _key(self, kind: Hashable, tensor: torch.Tensor) -> Hashable:
+        identity = self._runtime.identity(tensor)
+        # A new object equals nothing else: a value that nobody can tell is never shared.
+        return kind, object() if identity is None else identity, tensor.dtype, tuple(tensor.shape)
 
     def _vector(self, tensor: torch.Tensor, *, exponents: bool) -> Vector:
         layout = reduction.layout(tensor, exponents=exponents, wide=self._wide)
