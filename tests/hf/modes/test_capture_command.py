@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.hf.modes.conftest import LLAMA, MAMBA, shifting
+from tests.hf.modes.conftest import BERT, LLAMA, MAMBA, shifting
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
@@ -364,7 +364,8 @@ def test_taps_in_the_environment_do_not_change_what_is_captured(
         (("--random-init", "SHAPE", "--modes", ","), "--modes is empty"),
         (("--random-init", "SHAPE", "--layers", "0,9"), "'9' is none; write first, last, all"),
         (("--random-init", "SHAPE", "--layers", ","), "--layers is empty"),
-        (("--random-init", "SHAPE", "--data", "none.txt"), "none.txt cannot be read"),
+        (("--random-init", "SHAPE", "--data", "none.txt"), "--data: there is no file none.txt"),
+        (("--random-init", "SHAPE", "--percentile-alpha", "0"), "0 is not in (0, 1]"),
         (("--random-init", "SHAPE", "--device", "nowhere"), "--device nowhere"),
         (("/nowhere/at/all",), "cannot be loaded"),
     ],
@@ -396,3 +397,59 @@ def test_mamba_130m_is_built_in() -> None:
     assert fields["model_type"] == "mamba"
     assert (fields["num_hidden_layers"], fields["hidden_size"]) == (24, 768)
     assert (fields["state_size"], fields["vocab_size"]) == (16, 50280)
+
+
+@pytest.mark.parametrize("fields", [MAMBA, BERT], ids=["mamba", "bert"])
+def test_bytes_stand_in_where_a_model_was_saved_without_its_tokenizer(
+    cli: Cli, shape: Shape, tmp_path: Path, fields: dict[str, Any]
+) -> None:
+    """transformers makes a tokenizer of special tokens from the model's type, which loses text."""
+    models.load(None, str(shape(fields)), "cpu").model.save_pretrained(tmp_path / "model")
+    (tmp_path / "a.txt").write_text("hello world")
+    code, _, errors = cli(
+        "modes", "capture", tmp_path / "model", "--modes", "generic/fp32", "--data",
+        tmp_path / "a.txt", "--seq-len", 11, "--out", tmp_path / "runs",
+    )  # fmt: skip
+    assert (code, "token ids are bytes" in errors) == (0, True)
+    with tensortap.open_run(tmp_path / "runs" / "fp32") as run:
+        [ids] = run.info.metadata["inputs"]["token_ids"]
+    assert ids == [byte % fields["vocab_size"] for byte in b"hello world"]
+
+
+def test_what_is_excluded_is_excluded_of_what_quantises(
+    cli: Cli, shape: Shape, tmp_path: Path
+) -> None:
+    code, _, _ = cli(
+        "modes", "capture", "--random-init", shape(LLAMA), "--modes", "fp32,mxfp4", *SMALL,
+        "--exclude", "layers.0.*", "--out", tmp_path / "runs",
+    )  # fmt: skip
+    assert code == 0
+    with tensortap.open_run(tmp_path / "runs" / "mxfp4") as run:
+        assert run.info.metadata["exclude"] == ["layers.0.*"]
+        changed = run.info.metadata["mode"]["changed"]
+        assert changed
+        assert not any(name.startswith("layers.0.") for name in changed)
+    with tensortap.open_run(tmp_path / "runs" / "fp32") as run:
+        assert run.info.metadata["exclude"] == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [({**MAMBA, "hidden_size": "x"}, "hidden_size"), ({"model_type": "mambo"}, "mambo")],
+)
+def test_a_configuration_that_transformers_refuses_is_one_short_line(
+    cli: Cli, shape: Shape, tmp_path: Path, fields: dict[str, Any], says: str
+) -> None:
+    code, _, errors = cli(
+        "modes", "capture", "--random-init", shape(fields), "--out", tmp_path / "runs"
+    )
+    [line] = [line for line in errors.splitlines() if line.startswith("error:")]
+    assert (code, says in line, len(line) < 400) == (2, True, True)
+
+
+def test_a_file_in_the_place_of_the_folder_is_told_before_the_model_is_loaded(
+    cli: Cli, tmp_path: Path
+) -> None:
+    (tmp_path / "runs").write_text("")
+    code, _, errors = cli("modes", "capture", "/nowhere", "--out", tmp_path / "runs")
+    assert (code, "runs is not a folder" in errors) == (2, True)

@@ -193,6 +193,23 @@ def test_runs_of_different_samples_are_refused(
     assert "int8 and fp32 were captured on different inputs" in errors
 
 
+def test_runs_of_different_weights_are_refused(cli: Cli, captured: Callable[..., Path]) -> None:
+    out = captured("fp32", LLAMA)
+    captured("int8", {**LLAMA, "intermediate_size": 40})
+    code, _, errors = cli("modes", "compare", out)
+    assert code == 2
+    assert "int8 and fp32 were captured of models with different weights" in errors
+
+
+def test_modes_with_different_scales_need_not_be_equal(
+    cli: Cli, captured: Callable[..., Path]
+) -> None:
+    out = captured("0", MAMBA, "--percentile-alpha", "0.5")
+    captured("2-0")
+    code, _, errors = cli("modes", "compare", out, "--reference", "0")
+    assert (code, "declared" in errors) == (0, False)
+
+
 def test_layers_that_only_one_run_has_are_said_and_exit_1(
     cli: Cli, captured: Callable[..., Path], shape: Shape
 ) -> None:
@@ -275,6 +292,7 @@ def test_without_analysis_the_error_names_what_to_install(
         (("--ladder", "--mode", "int8"), "leave --mode out"),
         (("--ladder",), "modes of the family generic, which has no ladder"),
         (("--mode", "mxfp4"), "no run of mode 'mxfp4'"),
+        (("--mode", "9"), "There is no mode '9'"),
         (("--mode", "fp32"), "no other run to compare with fp32"),
     ],
 )

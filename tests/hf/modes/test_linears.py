@@ -116,6 +116,14 @@ def test_mxfp8_is_what_numpy_computes_with_ml_dtypes(build: Any) -> None:
     np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-5, atol=1e-6)
 
 
+def test_the_input_may_be_given_by_the_name_it_has(build: Any) -> None:
+    model = build("gpt2")
+    x = torch.randn(1, 3, 32)
+    with modes.apply(model, "mxfp8"):
+        module = model.transformer.h[0].attn.c_attn
+        assert torch.equal(module(x=x), module(x))
+
+
 def test_conv1d_of_gpt2_is_quantised_along_its_inputs(build: Any) -> None:
     model = build("gpt2").eval()
     layer, codec = model.transformer.h[0].mlp.c_fc, formats.get("mxfp4")

@@ -76,6 +76,7 @@ def test_without_data_ids_are_random_and_the_same_again() -> None:
         ("a.txt", "", "holds no text"),
         ("a.jsonl", "\n\n", "holds no text"),
         ("a.jsonl", "{", r"a\.jsonl, line 1 is no JSON"),
+        ("a.jsonl", '"fine"\n" "', r"line 2 becomes no token ids"),
         ("a.jsonl", '"fine"\n[1]', r"line 2 is neither a string"),
         ("a.jsonl", '{"input_ids": [1, -1]}', "neither a string"),
         ("a.jsonl", '{"input_ids": [1, 100]}', "token id 100, and the vocabulary ends at 99"),

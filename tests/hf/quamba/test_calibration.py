@@ -130,6 +130,9 @@ def test_progress_counts_samples(mamba: Any, samples: Any) -> None:
         ([[1.5, 2.0]], "token ids"),
         ([[1, 64]], "vocabulary ends at 63"),
         ([[-1]], "from -1"),
+        (["text"], "sample 0 is no tensor of token ids"),
+        ([[[1, 2], [3]]], "sample 0 is no tensor of token ids"),
+        ([[True]], "token ids"),
     ],
 )
 def test_samples_that_are_none_are_named(given: Any, reason: str, mamba: Any) -> None:

@@ -28,6 +28,7 @@ from tensortap_hf.command.options import (
     SeqLen,
     chosen_modes,
 )
+from tensortap_hf.command.paths import require_folder
 from tensortap_hf.command.runs import opened
 
 
@@ -58,12 +59,15 @@ def capture(
     inputs = Inputs(
         data, samples, seq_len, calib_data, calib_samples, calib_seq_len, percentile_alpha
     )
+    inputs.check()
+    require_folder(out, "--out")
     loaded = load(model, random_init, device)
     chosen = chosen_modes(wanted, loaded)
     read, calibration = inputs.read(loaded)
     arguments = [*loaded.arguments, "--layers", layers, *inputs.arguments()]
     plan = Plan(
-        loaded, layers_of(loaded.model, layers), read, calibration, tuple(exclude or ()),
+        loaded, layers_of(loaded.model, layers), read, calibration, loaded.weights(),
+        tuple(exclude or ()),
         {"command": arguments + [word for one in exclude or () for word in ("--exclude", one)]},
     )  # fmt: skip
     _warn(plan, samples)

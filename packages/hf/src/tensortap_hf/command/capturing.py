@@ -67,6 +67,10 @@ class Calibration:
                 )
         return self._done[mode.family]
 
+    def to_json(self) -> dict[str, Any]:
+        """What a run keeps in its metadata."""
+        return {**self.samples.to_json(), "percentile_alpha": self.alpha}
+
     def work(self, chosen: Sequence[Mode]) -> int:
         """How often `of` reports progress for these modes."""
         needy = {mode.family for mode in chosen if mode.needs_calibration}
@@ -82,15 +86,24 @@ class Plan:
     layers: Layers
     samples: Samples
     calibration: Calibration
+    weights: str
+    """See `Loaded.weights`."""
     exclude: tuple[str, ...] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
-    def about(self) -> dict[str, Any]:
-        """The metadata of the runs."""
+    def excluded(self, mode: Mode) -> tuple[str, ...]:
+        """What a mode leaves out; there is nothing to leave out of one of floats."""
+        return self.exclude if mode.quantises else ()
+
+    def about(self, mode: Mode) -> dict[str, Any]:
+        """The metadata of the run of a mode."""
         return {
             "model": self.loaded.source,
+            "weights": self.weights,
             "inputs": self.samples.to_json(),
             "layers": list(self.layers.numbers),
+            "calibration": self.calibration.to_json() if mode.needs_calibration else None,
+            "exclude": list(self.excluded(mode)),
             **self.metadata,
         }
 
@@ -136,9 +149,9 @@ def capture(plan: Plan, mode: Mode, sink: Path | TensorSink, progress: Progress)
     """Run all samples in one mode, each a step of its own; returns the number of records."""
     model = plan.loaded.model
     calibration = plan.calibration.of(mode, model, progress)
-    with modes.apply(model, mode, calibration=calibration, exclude=plan.exclude):
+    with modes.apply(model, mode, calibration=calibration, exclude=plan.excluded(mode)):
         tap = tensortap.attach(
-            model, sink, **_CAPTURE, select=plan.layers.select, metadata=plan.about()
+            model, sink, **_CAPTURE, select=plan.layers.select, metadata=plan.about(mode)
         )
         with tap, torch.no_grad():
             for number, ids in enumerate(_placed(plan.samples, model), start=1):

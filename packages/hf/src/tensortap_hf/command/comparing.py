@@ -31,7 +31,13 @@ def require_analysis() -> None:
 
 
 def require_comparable(ref: ModeRun, other: ModeRun, *, unrotate: bool) -> None:
-    """Raise `RunError` for runs of different bases or inputs."""
+    """Raise `RunError` for runs of different models, bases or inputs."""
+    weights = [one.run.info.metadata.get("weights") for one in (ref, other)]
+    if None not in weights and weights[0] != weights[1]:
+        raise RunError(
+            f"{other.name} and {ref.name} were captured of models with different weights: "
+            f"{other.model} and {ref.model}."
+        )
     if ref.basis != other.basis and not unrotate:
         raise RunError(
             f"{other.name} is in the {other.basis} basis and {ref.name} in the {ref.basis} one: "
@@ -162,7 +168,7 @@ def _samples(name: str, ref: Side, other: Side) -> list[tuple[TensorRecord, Tens
     for a, b in both:
         if a.shape != b.shape:
             shapes = f"{list(a.shape)} and {list(b.shape)}"
-            raise NotComparable(f"its shapes differ: {shapes}", "mismatch")
+            raise NotComparable(f"its shapes differ: {shapes}", "shape")
     return both
 
 

@@ -31,6 +31,7 @@ from tensortap_hf.command.options import (
     SeqLen,
     chosen_modes,
 )
+from tensortap_hf.command.paths import require_folder
 from tensortap_hf.command.runs import folders
 from tensortap_hf.layouts import first_layer as layout
 from tensortap_hf.modes import Mode
@@ -64,12 +65,14 @@ def first_layer(
     taken = [path for path in (output, layout.stats_path(output)) if path.exists()]
     if taken and not overwrite:
         raise RunExists(f"{taken[0]} exists; choose another --output-file, or pass --overwrite.")
+    require_folder(output.parent, "--output-file")
     inputs = Inputs(data, 1, seq_len, calib_data, calib_samples, calib_seq_len, percentile_alpha)
+    inputs.check()
     loaded = load(model, random_init, device)
     chosen = chosen_modes(wanted, loaded)
     read, calibration = inputs.read(loaded)
     layers = layers_of(loaded.model, "first")
-    plan = Plan(loaded, layers, read, calibration, tuple(exclude or ()))
+    plan = Plan(loaded, layers, read, calibration, loaded.weights(), tuple(exclude or ()))
     seen, failed = _capture(plan, chosen)
     about = layout.About(model=loaded.source, pretrained_dir=model, seq_len=read.lengths[0])
     if seen:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import json
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,8 @@ from torch import nn
 from tensortap.errors import ConfigError, NotSupported
 
 BUILT_IN: Mapping[str, Mapping[str, Any]] = {
-    # The configuration of state-spaces/mamba-130m-hf.
+    # The configuration of state-spaces/mamba-130m-hf. Weights drawn with its initializer_range of
+    # 0.1 make a chaotic model, in which any rounding grows to the size of the logits.
     "mamba-130m": {
         "model_type": "mamba",
         "architectures": ["MambaForCausalLM"],
@@ -29,11 +32,14 @@ BUILT_IN: Mapping[str, Mapping[str, Any]] = {
         "time_step_rank": 48,
         "residual_in_fp32": True,
         "tie_word_embeddings": True,
+        "initializer_range": 0.02,
     }
 }
 """Shapes that `--random-init` knows by name."""
 
 _SEED = 0
+_LONGEST = 200
+"""Characters: transformers lists every model it knows in a message."""
 _QUAMBA_LAYER = "QMamba"
 
 
@@ -46,6 +52,19 @@ class Loaded:
     source: str
     arguments: tuple[str, ...]
     """What on the command line made it."""
+
+    def weights(self) -> str:
+        """A digest of all parameters and buffers: it tells whether two runs are of one model.
+
+        Of packed weights (subclasses of tensors) only class and shape count.
+        """
+        digest = hashlib.blake2b(digest_size=8)
+        for name, tensor in self.model.state_dict().items():
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {type(tensor)}".encode())
+            if type(tensor) is torch.Tensor:
+                plain = tensor.detach().cpu().contiguous().reshape(-1)
+                digest.update(plain.view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
 
 def load(model: str | None, random_init: str | None, device: str) -> Loaded:
@@ -164,9 +183,12 @@ def _tokenizer(where: str | None) -> Any:
     if where is None:
         return None
     try:
-        return transformers.AutoTokenizer.from_pretrained(where)
+        found = transformers.AutoTokenizer.from_pretrained(where)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError):
         return None  # There is none; samples say so in the run's metadata.
+    # Where there are no files, transformers makes one of special tokens only, which loses all text.
+    words = found.get_vocab().keys() - set(found.all_special_tokens)
+    return found if words else None
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -182,13 +204,14 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _tried(what: str, load: Callable[[], Any]) -> Any:
-    """What transformers raises, as one line."""
+    """What transformers raises, as one line: a class for every field that may be wrong."""
     try:
         return load()
-    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as failure:
+    except Exception as failure:
         raise ConfigError(f"{what} cannot be loaded: {_first_line(failure)}") from failure
 
 
 def _first_line(failure: BaseException) -> str:
     lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
-    return lines[0] if lines else type(failure).__name__
+    first = lines[0] if lines else type(failure).__name__
+    return textwrap.shorten(first, _LONGEST, placeholder=" …")

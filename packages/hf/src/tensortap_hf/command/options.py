@@ -13,6 +13,7 @@ from tensortap_hf import modes
 from tensortap_hf.command import samples
 from tensortap_hf.command.capturing import Calibration
 from tensortap_hf.command.models import Loaded
+from tensortap_hf.command.paths import require_file
 from tensortap_hf.command.samples import Samples
 from tensortap_hf.modes import Mode
 from tensortap_hf.modes.generic import quantization_method
@@ -44,9 +45,7 @@ CalibSamples = Annotated[int, typer.Option(min=1, help="How many samples to cali
 CalibSeqLen = Annotated[int, typer.Option(min=1, help="Tokens in one of them, at most.")]
 Alpha = Annotated[
     float | None,
-    typer.Option(
-        min=0, max=1, help="Quantile for the percentile observers of quamba (0.9995 if not given)."
-    ),
+    typer.Option(help="Quantile for the percentile observers of quamba (0.9995 if not given)."),
 ]
 Exclude = Annotated[
     list[str] | None,
@@ -69,6 +68,13 @@ class Inputs:
     calib_samples: int
     calib_seq_len: int
     alpha: float | None
+
+    def check(self) -> None:
+        """Raise `ConfigError` for what can be told to be wrong without a model."""
+        if self.alpha is not None and not 0 < self.alpha <= 1:
+            raise ConfigError(f"--percentile-alpha {self.alpha:g} is not in (0, 1].")
+        require_file(self.data, "--data")
+        require_file(self.calib_data, "--calib-data")
 
     def read(self, loaded: Loaded) -> tuple[Samples, Calibration]:
         """Both, for this model."""

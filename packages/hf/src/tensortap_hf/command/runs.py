@@ -12,6 +12,7 @@ from typing import Any
 from tensortap.errors import RunError, nearest
 from tensortap.store import Run, open_run
 from tensortap.store.layout import RUN
+from tensortap_hf import modes
 from tensortap_hf.modes import Mode
 
 COMMAND = "tensortap modes capture"
@@ -46,14 +47,26 @@ class ModeRun:
     def must_equal(self, other: ModeRun) -> bool:
         """Does either of the two declare that they are bitwise equal?"""
         declared = self.mode in other.equals or other.mode in self.equals
-        return declared and self.family == other.family
+        return declared and self.family == other.family and self._made_of == other._made_of
+
+    @property
+    def model(self) -> str:
+        """Where the model came from."""
+        return str(self.run.info.metadata.get("model", "?"))
+
+    @property
+    def _made_of(self) -> list[Any]:
+        """What the numbers of a mode follow from."""
+        told = self.run.info.metadata
+        return [told.get(key) for key in ("weights", "inputs", "calibration", "exclude")]
 
 
-def folders(modes: Sequence[Mode]) -> list[str]:
+def folders(chosen: Sequence[Mode]) -> list[str]:
     """The folder of each mode: its name, after its family's where two have one name."""
-    names = [mode.name for mode in modes]
+    names = [mode.name for mode in chosen]
     return [
-        mode.name if names.count(mode.name) == 1 else f"{mode.family}-{mode.name}" for mode in modes
+        mode.name if names.count(mode.name) == 1 else f"{mode.family}-{mode.name}"
+        for mode in chosen
     ]
 
 
@@ -86,6 +99,8 @@ def find(name: str, runs: Sequence[ModeRun], folder: Path) -> ModeRun:
         spelled = " or ".join(f"{one.family}/{one.mode}" for one in of_mode)
         raise RunError(f"{folder} has several runs of mode {name!r}; write {spelled}.")
     near = nearest(name, [one.name for one in runs])
+    if name.rpartition("/")[2] not in modes.names():
+        raise RunError(f"There is no mode {name!r}; {folder} has {near}.")
     raise RunError(
         f"{folder} has no run of mode {name!r}; it has {near}. This makes it: "
         f"{_command(name, runs, folder)}"

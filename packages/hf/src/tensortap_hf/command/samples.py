@@ -125,6 +125,12 @@ class _Encoder:
 
     def line(self, content: Any, where: str) -> list[int]:
         """Ids of one line of JSONL."""
+        found = self._line(content, where)
+        if not found:
+            raise ConfigError(f"{where} becomes no token ids.")
+        return found
+
+    def _line(self, content: Any, where: str) -> list[int]:
         ids = content.get("input_ids") if isinstance(content, dict) else None
         if isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids):
             self.given = True

@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tensortap.errors import RunError
+from tensortap.errors import ConfigError, RunError
+from tensortap.names import TensorName
 from tensortap.stats import statistics
 
 Array = npt.NDArray[Any]
@@ -29,10 +30,10 @@ def array(tensor: torch.Tensor) -> Array:
     return found
 
 
-def tensor(values: Array, dtype: str | None) -> torch.Tensor:
-    """A tensor of the dtype it had (`bfloat16`), where that is known and loses nothing."""
+def tensor(values: Array, dtype: object) -> torch.Tensor:
+    """A tensor of the dtype it had (`"bfloat16"`), where that is known and loses nothing."""
     found = torch.from_numpy(np.ascontiguousarray(values))
-    wanted = getattr(torch, dtype, None) if dtype else None
+    wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else None
     if not isinstance(wanted, torch.dtype) or wanted is found.dtype:
         return found
     narrow = found.to(wanted)
@@ -95,3 +96,28 @@ def field(document: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     """A mapping in a JSON document, empty where there is none: older files hold `{}`."""
     found = document.get(key)
     return found if isinstance(found, Mapping) else {}
+
+
+def whole(said: Mapping[str, Any], key: str, path: Path) -> int:
+    """A whole number of at least 1 in a JSON document, 1 where there is none."""
+    found = said.get(key, 1)
+    if type(found) is not int or found < 1:
+        raise RunError(f"{path}: {key!r} must be a number of at least 1, not {found!r}.")
+    return found
+
+
+def words(said: Mapping[str, Any], key: str, default: tuple[str, str], path: Path) -> Any:
+    """Two words in a JSON document, for input and output."""
+    found = said.get(key, list(default))
+    good = isinstance(found, list) and [type(word) for word in found] == [str, str]
+    if not good:
+        raise RunError(f"{path}: {key!r} must be two words, not {found!r}.")
+    return tuple(found)
+
+
+def name(text: Any, path: Path) -> str:
+    """A canonical tensor name in a JSON document."""
+    try:
+        return str(TensorName.parse(str(text)))
+    except ConfigError as failure:
+        raise RunError(f"{path}: {failure}") from failure

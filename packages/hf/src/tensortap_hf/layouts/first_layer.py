@@ -175,23 +175,23 @@ def _read(path: Path, document: Mapping[str, Any]) -> list[FirstLayer]:
     """The modes in one file."""
     with arrays.read(path) as values:
         names = [m["mode"] for key in values if (m := _KEY.fullmatch(key)) and m["what"] == "input"]
-        return [_first_layer(mode, values, document) for mode in names if _both(mode, values)]
+        both = [mode for mode in names if f"mode_{mode}_output" in values]
+        return [_first_layer(mode, values, document, stats_path(path)) for mode in both]
 
 
-def _both(mode: str, values: Mapping[str, Any]) -> bool:
-    return f"mode_{mode}_output" in values
-
-
-def _first_layer(mode: str, values: Mapping[str, Any], document: Mapping[str, Any]) -> FirstLayer:
-    dtypes = arrays.field(document, "dtypes").get(mode, (None, None))
-    names = arrays.field(document, "tensors").get(mode)
-    tensors = ("layers.0/forward/input", "layers.0.mixer/forward/output")
+def _first_layer(
+    mode: str, values: Mapping[str, Any], document: Mapping[str, Any], stats_file: Path
+) -> FirstLayer:
+    dtypes = arrays.words(arrays.field(document, "dtypes"), mode, ("", ""), stats_file)
+    names = ("layers.0/forward/input", "layers.0.mixer/forward/output")
+    names = arrays.words(arrays.field(document, "tensors"), mode, names, stats_file)
+    first, second = (arrays.name(name, stats_file) for name in names)
     return FirstLayer(
         mode,
         str(arrays.field(document, "family").get(mode, "")),
         str(arrays.field(document, "basis").get(mode, UNKNOWN)),
         arrays.field(document, "format").get(mode),
-        (str(names[0]), str(names[1])) if names else tensors,
+        (first, second),
         arrays.tensor(values[f"mode_{mode}_input"], dtypes[0]),
         arrays.tensor(values[f"mode_{mode}_output"], dtypes[1]),
     )

@@ -117,14 +117,16 @@ def _write_stats(path: Path, told: Told, layers: Mapping[str, Any]) -> None:
 
 
 def _old_run(folder: Path, mode: str, files: Mapping[tuple[int, int], Path]) -> OldRun:
-    stats = json_of(folder / f"mode_{mode}_stats.json")
+    stats_file = folder / f"mode_{mode}_stats.json"
+    stats = json_of(stats_file)
     tensors: dict[str, list[Any]] = {}
     for (layer, sample), path in sorted(files.items()):
         key = f"{layer}_sample_{sample}" if "_sample_" in path.name else str(layer)
         said = arrays.field(arrays.field(stats, "layers"), key)
-        name = str(said.get("tensor", f"layers.{layer}.mixer/forward/output"))
+        name = arrays.name(said.get("tensor", f"layers.{layer}.mixer/forward/output"), stats_file)
         values = arrays.tensor(arrays.read(path), said.get("dtype"))
-        tensors.setdefault(name, []).extend(arrays.apart(values, int(said.get("samples", 1))))
+        count = arrays.whole(said, "samples", stats_file)
+        tensors.setdefault(name, []).extend(arrays.apart(values, count))
     return OldRun(
         mode,
         str(stats.get("family", "")),

@@ -66,6 +66,8 @@ def apply(
     if mode.needs_calibration and calibration is None:
         raise ConfigError(f"mode {mode.title} needs calibration=, a list of token-id tensors.")
     excluded = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    if excluded and not mode.quantises:
+        raise ConfigError(f"mode {mode.title} is of the whole model; it takes no exclude.")
     return Applied(root, mode, Options(calibration, excluded))
 
 

@@ -50,8 +50,6 @@ def quantization_method(model: nn.Module) -> str | None:
 def _casting(name: str) -> Apply:
     def apply(model: nn.Module, undo: Undo, options: Options) -> Changes:
         _refuse_quantized(model)
-        if options.exclude:
-            raise NotSupported(f"mode {name} casts the whole model; it takes no exclude.")
         return casting.cast(model, undo, _DTYPES[name])
 
     return apply
@@ -111,6 +109,7 @@ MODES = (
             f"fake-quantised linear layers: {says}",
             _quantizing(name, formats.get(name, **options)),
             format=name,
+            quantises=True,
         )
         for name, (says, options) in _GRIDS.items()
     ),

@@ -100,8 +100,9 @@ class QuantizedForward(operands.Replacement):
         super().__init__(module)
         self.codec = codec
 
-    def __call__(self, input: torch.Tensor) -> torch.Tensor:
-        """The product of what lies on the grid, plus the bias."""
+    def __call__(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
+        """The product of what lies on the grid, plus the bias; the argument is called as it is."""
+        [input] = *args, *kwargs.values()
         module: Any = self.module
         call = operands.enter(module)
         apply = cast(Callable[..., torch.Tensor], QuantizedProduct.apply)

@@ -61,6 +61,8 @@ class Mode:
     equals: tuple[str, ...] = ()
     """Modes of the family that every tensor must be bitwise equal to; symmetric by itself."""
     needs_calibration: bool = False
+    quantises: bool = False
+    """Are there modules that it quantises, and that can be left out of it?"""
 
     @property
     def title(self) -> str:

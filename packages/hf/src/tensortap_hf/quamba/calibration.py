@@ -111,9 +111,12 @@ def _checked(samples: Iterable[Any], vocabulary: int) -> Sequence[torch.Tensor]:
 
 
 def _sample(sample: Any, at: int, vocabulary: int) -> torch.Tensor:
-    given = torch.as_tensor(sample)
+    try:
+        given = torch.as_tensor(sample)
+    except (TypeError, ValueError, RuntimeError) as failure:
+        raise ConfigError(f"calibration sample {at} is no tensor of token ids: {failure}") from None
     ids = given[None] if given.dim() == 1 else given
-    if ids.dim() != 2 or ids.shape[0] != 1 or not ids.numel() or ids.is_floating_point():
+    if ids.dim() != 2 or ids.shape[0] != 1 or not ids.numel() or not _whole(ids):
         raise ConfigError(
             f"calibration sample {at} is a {given.dtype} tensor of shape {tuple(given.shape)}; it "
             "must be token ids [tokens] or [1, tokens]. Samples are never put together as a batch."
@@ -124,3 +127,7 @@ def _sample(sample: Any, at: int, vocabulary: int) -> torch.Tensor:
             f"the vocabulary ends at {vocabulary - 1}."
         )
     return ids
+
+
+def _whole(ids: torch.Tensor) -> bool:
+    return not (ids.is_floating_point() or ids.is_complex() or ids.dtype is torch.bool)

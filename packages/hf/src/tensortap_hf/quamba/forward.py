@@ -65,6 +65,12 @@ class MixerForward(mixer.Replacement):
         apply = cast(Callable[..., torch.Tensor], _ForwardOnly.apply)
         return apply(hidden_states, run)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise NotSupported(
+            "A model in a mode of Quamba has codes in place of its weights and cannot be copied or "
+            "pickled; do so before modes.apply(), or after remove()."
+        )
+
     def run(
         self, hidden: torch.Tensor, *, states: States, mask: torch.Tensor | None
     ) -> torch.Tensor:

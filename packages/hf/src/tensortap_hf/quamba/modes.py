@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tensortap.errors import ConfigError, NotSupported
+from tensortap.errors import ConfigError
 from tensortap.selection import Selection
 from tensortap.undo import Undo
 from tensortap_hf.modes.registry import Apply, Changes, Family, Mode, Options
@@ -27,8 +27,6 @@ _ALL = ("fp32", *(variant.name for variant in VARIANTS))
 
 def _in_floats(name: str) -> Apply:
     def apply(model: nn.Module, undo: Undo, options: Options) -> Changes:
-        if options.exclude:
-            raise NotSupported(f"mode quamba/{name} is the whole model; it takes no exclude.")
         found = parts(model)
         editing.to_floats(found, undo, _DTYPES[name])
         for block in found.blocks:
@@ -128,6 +126,7 @@ MODES = (
             format="int8",
             equals=variant.equals,
             needs_calibration=True,
+            quantises=True,
         )
         for variant in VARIANTS
     ),
