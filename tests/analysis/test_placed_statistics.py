@@ -75,6 +75,27 @@ def test_a_sample_says_where_in_the_tensor_its_largest_difference_is(written, x)
     assert full.metrics.max_abs == measure_tensors(x, other).max_abs
 
 
+@pytest.mark.parametrize("dtype", ["complex64", "float8_e4m3fn", "float4_e2m1fn_x2"])
+def test_samples_of_odd_dtypes_are_placed_too(tmp_path, dtype):
+    kind = getattr(torch, dtype, None)
+    if kind is None:
+        pytest.skip("this torch has no such dtype")
+    size = torch.empty(1, dtype=kind).element_size()
+    raw = torch.full((4, 6, size), 0x22, dtype=torch.uint8)
+    changed = raw.clone()
+    changed[2, 4, size - 1] = 0x32
+    runs = []
+    for name, whole in (("a", raw), ("b", changed)):
+        tensor = whole.view(kind)[..., 0]
+        kept = whole.reshape(-1, size)[::2].contiguous().view(kind)[..., 0]
+        made = record(NAME, None, shape=(4, 6), dtype=dtype, values="sample", stride=2)
+        assert tensor.shape == (4, 6)
+        runs.append(write_run(tmp_path / name, [(made, kept)]))
+    found = outcome(*runs)
+    assert found.by == "sample"
+    assert found.metrics.max_abs_at == (2, 4)
+
+
 def test_samples_of_other_pieces_are_not_compared_as_samples(written, x):
     left = Placement((4, 12), {1: ((0, 6),)})
     right = Placement((4, 12), {1: ((6, 6),)})

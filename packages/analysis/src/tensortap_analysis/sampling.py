@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
-from tensortap.records import TensorRecord
+from tensortap.records import Placement, TensorRecord
 from tensortap_analysis.merging import groups_to_sum, held
 from tensortap_analysis.metrics import Metrics, measure_tensors
 from tensortap_analysis.moments import Captured
+
+_PACKED = "float4_e2m1fn_x2"
 
 
 def sampled(one: Captured, two: Captured) -> tuple[Metrics, str | None] | None:
@@ -30,9 +32,11 @@ def sampled(one: Captured, two: Captured) -> tuple[Metrics, str | None] | None:
     values = [_elements(*side, stride) for side in ((ones[0], one), (twos[0], two))]
     places = torch.arange(0, math.prod(shape), stride)
     kept = _valid(places, shape, [record.placement for record in (ones[0], twos[0])])
-    metrics = measure_tensors(*(side[kept] for side in values))
+    # Not every dtype can be indexed by a mask.
+    metrics = measure_tensors(*(side if kept.all() else side[kept] for side in values))
     note = f"1 in {stride} elements" if stride != 1 else None
-    return _placed(metrics, places[kept], shape), note
+    packed = 2 if ones[0].dtype == twos[0].dtype == _PACKED else 1
+    return _placed(metrics, places[kept], shape, packed), note
 
 
 def _same_elements(one: TensorRecord, two: TensorRecord) -> bool:
@@ -57,22 +61,25 @@ def _elements(record: TensorRecord, found: Captured, stride: int) -> torch.Tenso
     return found.run.piece(record).reshape(-1)[::stride]
 
 
-def _valid(places: torch.Tensor, shape: Sequence[int], sides: Sequence[object]) -> torch.Tensor:
+def _valid(
+    places: torch.Tensor, shape: Sequence[int], sides: Sequence[Placement | None]
+) -> torch.Tensor:
     """Which of these places are padding on neither side."""
     kept = torch.ones(len(places), dtype=torch.bool)
     for side in sides:
-        lengths: Mapping[int, int] = getattr(side, "valid", {})
-        for axis, length in lengths.items():
+        for axis, length in ({} if side is None else side.valid).items():
             inner = math.prod(shape[axis % len(shape) + 1 :])
             kept &= places // max(inner, 1) % shape[axis] < length
     return kept
 
 
-def _placed(metrics: Metrics, places: torch.Tensor, shape: Sequence[int]) -> Metrics:
-    """The largest difference by its place in the tensor, not in the sample."""
+def _placed(metrics: Metrics, places: torch.Tensor, shape: Sequence[int], packed: int) -> Metrics:
+    """The largest difference by its place in the tensor, not in the sample.
+
+    `packed` is how many values an element holds that are counted one by one.
+    """
     if metrics.max_abs_at is None or not shape:
         return metrics
-    flat = places[metrics.max_abs_at[0]]
-    return replace(
-        metrics, max_abs_at=tuple(int(i) for i in torch.unravel_index(flat, tuple(shape)))
-    )
+    flat = places[metrics.max_abs_at[0] // packed]
+    at = torch.unravel_index(flat, tuple(shape))
+    return replace(metrics, max_abs_at=tuple(int(index) for index in at))
