@@ -154,6 +154,19 @@ def test_copied_rows_are_noted(tmp_path):
     assert found(tmp_path, {"x": x})["x", "copied rows"] == "info"
 
 
+def test_layers_with_the_same_values_are_noted(tmp_path):
+    x = torch.randn(8, 8)
+    issues = found(
+        tmp_path, {"layers.0.q": x, "layers.1.q": x.clone(), "layers.2.q": x.T.contiguous()}
+    )
+    assert {layer for layer, rule in issues if rule == "copy"} == {"layers.1.q"}
+
+
+def test_every_layer_of_a_diverged_model_is_critical(tmp_path):
+    issues = found(tmp_path, {f"layers.{n}.q": torch.full((8, 8), math.nan) for n in range(5)})
+    assert issues == {(f"layers.{n}.q", "not finite"): "critical" for n in range(5)}
+
+
 def int8_by_row(x):
     x = x.double().numpy()
     scale = np.abs(x).max(1, keepdims=True) / 127

@@ -96,6 +96,17 @@ def test_more_is_kept_with_more_bits_and_in_the_end_nothing_is_quantised(
     assert "no format keeps 400 dB" in {choice.reason for choice in last.choices}
 
 
+def test_layers_that_are_copies_of_each_other_are_all_in_the_plan() -> None:
+    layers = nn.Sequential(*(linear(gaussian(128, 128)) for _ in range(3)))
+    layers.lm_head = linear(gaussian(128, 128))
+    found = Scope(layers).scan("quantization")
+    [group] = quant_plan(found, sqnr_db=18).config()["config_groups"].values()
+    assert group["targets"] == ["0", "1", "2"]
+    assert quant_plan(found).ignore == ["lm_head"]
+    widths = generate_quant_config(found)
+    assert sorted(sum(widths.values(), [])) == ["0", "1", "2", "lm_head"]
+
+
 def test_the_last_layer_is_left_alone_unless_it_is_asked_for(result: ScanResult) -> None:
     assert "lm_head" in quant_plan(result).ignore
     assert "lm_head" in quant_plan(result, keep=()).by_format()["int8"]

@@ -135,7 +135,7 @@ def test_a_method_there_is_not_is_refused_before_anything_is_read(folder, method
         Scope(folder).scan(methods)
 
 
-def test_copied_matrices_are_counted_once_and_constant_ones_are_no_copies(tmp_path):
+def test_copied_matrices_have_their_rows_and_constant_ones_are_no_copies(tmp_path):
     x = torch.randn(8, 8)
     state = {
         "a.weight": x,
@@ -146,11 +146,37 @@ def test_copied_matrices_are_counted_once_and_constant_ones_are_no_copies(tmp_pa
     }
     save_file(state, tmp_path / "x.safetensors")
     result = Scope(tmp_path / "x.safetensors").scan()
-    assert set(result) == {"a", "c", "d.lora_B", "e.lora_B"}
-    [copy] = result.skipped
-    assert (copy.name, copy.reason) == (
-        "b.weight", "has the very values of a.weight: tied or copied"
-    )  # fmt: skip
+    assert set(result) == {"a", "b", "c", "d.lora_B", "e.lora_B"}
+    assert result["b"] == result["a"]
+    copies = {layer: facts.copy_of for layer, facts in result.facts.items() if facts.copy_of}
+    assert copies == {"b": "a.weight"}
+    assert result.notes == ("b.weight has the very values of a.weight: tied or copied",)
+    assert not result.skipped
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1.0])
+def test_layers_that_diverged_alike_are_no_copies(tmp_path, value):
+    state = {f"{layer}.weight": torch.full((4, 4), value) for layer in range(3)}
+    state["3.weight"] = state["0.weight"].clone()
+    if math.isnan(value):
+        for tensor in state.values():
+            tensor[0, 0] = 1.0
+    save_file(state, tmp_path / "x.safetensors")
+    result = Scope(tmp_path / "x.safetensors").scan()
+    assert set(result) == {"0", "1", "2", "3"}
+    assert not any(facts.copy_of for facts in result.facts.values())
+
+
+def test_copies_are_found_in_every_stored_dtype(tmp_path):
+    dtypes = (torch.float64, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+    state = {}
+    for index, dtype in enumerate(dtypes):
+        state[f"{index}.a.weight"] = torch.randn(4, 4).to(dtype)
+        state[f"{index}.b.weight"] = state[f"{index}.a.weight"].clone()
+    save_file(state, tmp_path / "x.safetensors")
+    facts = Scope(tmp_path / "x.safetensors").scan("norms").facts
+    for index in range(len(dtypes)):
+        assert facts[f"{index}.b"].copy_of == f"{index}.a.weight"
 
 
 def interrupted(scope, output, after, **settings):

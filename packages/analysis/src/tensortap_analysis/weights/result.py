@@ -27,7 +27,11 @@ class ReportError(TensortapError):
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a weight is: `stored` is how a matrix lies in the checkpoint, `out in` or `in out`."""
+    """What a weight is: `stored` is how a matrix lies in the checkpoint, `out in` or `in out`.
+
+    `copy_of` names an earlier weight that has the very same values: the two are tied, or one was
+    copied from the other.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -35,13 +39,14 @@ class Facts:
     kind: str
     stored: str = "out in"
     note: str | None = None
+    copy_of: str | None = None
 
     @classmethod
-    def of(cls, weight: Weight) -> Facts:
-        """The facts of a weight that has not been read."""
+    def of(cls, weight: Weight, copy_of: str | None = None) -> Facts:
+        """The facts of a weight."""
         stored = "in out" if weight.transposed else "out in"
         dtype = dtype_name(weight.dtype)
-        return cls(weight.name, weight.shape, dtype, weight.kind, stored, weight.note)
+        return cls(weight.name, weight.shape, dtype, weight.kind, stored, weight.note, copy_of)
 
     @property
     def numel(self) -> int:

@@ -64,7 +64,8 @@ def run(
 def same_values(weights: Sequence[Weight], found: Mapping[str, Measured]) -> dict[str, str]:
     """Names of matrices that have the very values of an earlier one, and that one's name.
 
-    Matrices that are constant (all zero: the second half of a fresh LoRA) are no copies.
+    Matrices that are constant (all zero: the second half of a fresh LoRA) are no copies, and
+    neither are those with NaN: they have diverged alike.
     """
     first: dict[tuple[object, ...], str] = {}
     copies: dict[str, str] = {}
@@ -73,10 +74,16 @@ def same_values(weights: Sequence[Weight], found: Mapping[str, Measured]) -> dic
             continue
         key = (weight.shape, weight.dtype, found[weight.name]["digest"])
         same = first.setdefault(key, weight.name)
-        if same != weight.name and not _constant(weight):
+        if same != weight.name and _distinctive(weight):
             copies[weight.name] = same
     return copies
 
 
-def _constant(weight: Weight) -> bool:
-    return all(bool((matrix == matrix[0, 0]).all()) for matrix in weight.matrices())
+def _distinctive(weight: Weight) -> bool:
+    """Are its values such that another matrix does not have them by chance?"""
+    varied = False
+    for matrix in weight.matrices():
+        if bool((matrix != matrix).any()):
+            return False
+        varied = varied or bool((matrix != matrix[0, 0]).any())
+    return varied

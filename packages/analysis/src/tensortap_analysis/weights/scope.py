@@ -147,30 +147,30 @@ def _result(
     options: Options,
     found: Mapping[str, Measured],
 ) -> ScanResult:
-    """In the order of the checkpoint; copies are counted once, and every gap has a reason."""
+    """In the order of the checkpoint; copies are told as such, and every gap has a reason."""
     have = [weight for weight in weights if weight.name in found]
     copies = same_values(have, found)
-    once = [weight for weight in have if weight.name not in copies]
     return ScanResult(
         source=source.label,
         methods=methods,
         options=options,
-        layers={w.layer: found[w.name]["stats"] for w in once if w.kind != "vector"},
-        vectors={w.layer: found[w.name]["stats"] for w in once if w.kind == "vector"},
-        facts={weight.layer: Facts.of(weight) for weight in once},
-        skipped=(*source.skipped, *_left_out(weights, methods, copies)),
-        notes=source.notes,
+        layers={w.layer: found[w.name]["stats"] for w in have if w.kind != "vector"},
+        vectors={w.layer: found[w.name]["stats"] for w in have if w.kind == "vector"},
+        facts={weight.layer: Facts.of(weight, copies.get(weight.name)) for weight in have},
+        skipped=(*source.skipped, *_left_out(weights, methods)),
+        notes=(*source.notes, *_said_of(copies)),
     )
 
 
-def _left_out(
-    weights: Sequence[Weight], methods: Sequence[str], copies: Mapping[str, str]
-) -> Iterable[Skipped]:
+def _said_of(copies: Mapping[str, str]) -> Iterable[str]:
+    if copies:
+        name, same = next(iter(copies.items()))
+        more = f" (and {len(copies) - 1:,} more)" if len(copies) > 1 else ""
+        yield f"{name} has the very values of {same}{more}: tied or copied"
+
+
+def _left_out(weights: Sequence[Weight], methods: Sequence[str]) -> Iterable[Skipped]:
     for weight in weights:
-        if weight.name in copies:
-            same = copies[weight.name]
-            yield Skipped(weight.name, f"has the very values of {same}: tied or copied")
-            continue
         has = methods_of(weight, methods)
         for method in methods:
             if method not in has:

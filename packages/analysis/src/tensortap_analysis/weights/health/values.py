@@ -74,6 +74,17 @@ def _copied(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
         yield Issue(layer.name, "copied rows", "info", cause, remedy, share, 0.0, 1 + share)
 
 
+def _same(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
+    for layer in layers:
+        if layer.facts.copy_of is not None:
+            cause = f"It has the very values of {layer.facts.copy_of}."
+            remedy = (
+                "Tied weights are stored once by safetensors; layers that began as copies of each "
+                "other have not been trained since."
+            )
+            yield Issue(layer.name, "copy", "info", cause, remedy)
+
+
 def _range(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
     """Values near the largest that the stored dtype has: some may have been cut off there."""
     for layer in layers:
@@ -96,5 +107,6 @@ RULES: Mapping[str, Rule] = {
     "zero": _zero,
     "dead": _dead,
     "copied rows": _copied,
+    "copy": _same,
     "range": _range,
 }
