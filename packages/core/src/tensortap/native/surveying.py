@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-CODES = 1 << 16
+CODE_TABLES = (4, 1 << 16)
+"""The shape of the tables that codes are counted in: a counter is never raised twice in a row."""
 ROW = np.dtype([
     ("squares", np.float64), ("noise", np.float64), ("hash", np.float64),
     ("largest", np.float64), ("odd", np.int64),
@@ -18,9 +19,6 @@ ROW = np.dtype([
 """`row_facts` in survey.c: what is known of the finite values of one row."""
 
 _KINDS = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
-_TABLES = 4
-_MOST = 1 << 31
-"""Values whose counts fit the tables."""
 
 
 class _Elements(ctypes.Structure):
@@ -85,11 +83,9 @@ class Surveying:
         )  # fmt: skip
         return found.fourth, found.outliers, found.near_zero
 
-    def codes(self, values: torch.Tensor) -> npt.NDArray[np.int64]:
-        """How often each 16-bit code occurs in a contiguous tensor of a dtype of 2 bytes."""
-        counts = np.zeros(CODES, np.int64)
-        for piece in torch.split(values.reshape(-1), _MOST):
-            tables = np.zeros((_TABLES, CODES), np.uint32)
-            self._count(piece.data_ptr(), piece.numel(), tables.ctypes.data)
-            counts += tables.sum(0, dtype=np.int64)
-        return counts
+    def codes(self, values: torch.Tensor, tables: npt.NDArray[np.uint32]) -> None:
+        """Add how often each 16-bit code occurs to `CODE_TABLES`, whose sum is meant.
+
+        At most 2^31 values fit between two resets.
+        """
+        self._count(values.data_ptr(), values.numel(), tables.ctypes.data)

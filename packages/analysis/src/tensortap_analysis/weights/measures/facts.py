@@ -11,7 +11,7 @@ import torch
 
 from tensortap.records import Statistics
 from tensortap.stats import statistics
-from tensortap_analysis.weights.measures.codes import distinct
+from tensortap_analysis.weights.measures.codes import Codes, few
 from tensortap_analysis.weights.measures.elements import Elements, by_kernel, elements
 from tensortap_analysis.weights.measures.pieces import cut
 from tensortap_analysis.weights.measures.rows import Rows, rows
@@ -31,28 +31,42 @@ class Facts:
     @cached_property
     def statistics(self) -> Statistics:
         """Of the finite values; counts of the others."""
-        return statistics(self.matrix)
+        return statistics(self.matrix) if self._codes is None else self._codes.statistics
 
     @cached_property
     def exponents(self) -> Mapping[int, int]:
         """How many nonzero finite values have each power of two."""
+        if self._codes is not None:
+            return self._codes.exponents
         return statistics(self.matrix, exponents=True).exponents or {}
 
     @cached_property
     def unit(self) -> float:
         """A power of two; values times this have squares inside the range of float64."""
+        if self.matrix.dtype is not torch.float64:
+            return 1.0
         largest = self.statistics.absmax or 1.0
         return 1 / _UNIT if largest > _BIG else _UNIT if largest < 1 / _BIG else 1.0
 
-    @cached_property
+    @property
     def rows(self) -> Rows:
         """Row by row; sums are in `unit`."""
-        return rows(self.matrix, self.unit)
+        return self._survey[0]
+
+    @property
+    def _codes(self) -> Codes | None:
+        return self._survey[1] if few(self.matrix.dtype) else None
 
     @cached_property
+    def _survey(self) -> tuple[Rows, Codes | None]:
+        """One pass over the matrix."""
+        codes = Codes(self.matrix.dtype) if few(self.matrix.dtype) else None
+        return rows(self.matrix, self.unit, codes), codes
+
+    @property
     def distinct(self) -> Values | None:
         """Values that occur and how often, of dtypes with few of them; else `None`."""
-        return distinct(self.matrix)
+        return None if self._codes is None else self._codes.values
 
     @property
     def values(self) -> Iterator[Values]:

@@ -11,10 +11,10 @@ _AS_STORED = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _WIDE = (torch.float64, torch.int32, torch.int64, torch.uint32, torch.uint64)
 
 
-def cut(matrix: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Views of some rows each, at least one."""
+def cut(matrix: torch.Tensor, times: int = 1) -> tuple[torch.Tensor, ...]:
+    """Views of some rows each, at least one; `times` as many where less is made of them."""
     height, width = matrix.shape
-    return torch.split(matrix, max(1, _VALUES // max(width, 1))) if height else ()
+    return torch.split(matrix, max(1, times * _VALUES // max(width, 1))) if height else ()
 
 
 def floats(piece: torch.Tensor) -> torch.Tensor:

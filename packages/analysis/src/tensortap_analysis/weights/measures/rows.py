@@ -12,9 +12,11 @@ import torch
 from tensortap import native
 from tensortap.formats import get
 from tensortap.native.surveying import ROW
+from tensortap_analysis.weights.measures.codes import Codes
 from tensortap_analysis.weights.measures.pieces import cut, floats
 
 _SEED = 0x7E27
+_LARGER = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +39,11 @@ class Rows:
         return lengths
 
 
-def rows(matrix: torch.Tensor, unit: float) -> Rows:
-    """The survey of a contiguous 2-d matrix; sums are of values times `unit`."""
+def rows(matrix: torch.Tensor, unit: float, codes: Codes | None = None) -> Rows:
+    """The survey of a contiguous 2-d matrix; sums are of values times `unit`.
+
+    Its codes are counted in `codes` on the way, while a piece is in the cache.
+    """
     height, width = matrix.shape
     out = np.zeros(height, ROW)
     wide = floats(matrix[:0]).dtype is torch.float64
@@ -46,19 +51,16 @@ def rows(matrix: torch.Tensor, unit: float) -> Rows:
     keys = np.random.default_rng(_SEED).uniform(1, 2, width)
     kernel = native.library()
     start = 0
-    for piece in cut(matrix) if kernel is None or _narrow(matrix) else [matrix]:
+    for piece in cut(matrix, _LARGER) if kernel is None or codes is not None else [matrix]:
         values, part = floats(piece), out[start : start + len(piece)]
+        if codes is not None:
+            codes.add(piece)
         if kernel is None:
             _survey(values, unit, keys, live, part)
         else:
             kernel.surveying.rows(values, unit, keys, live, part)
         start += len(piece)
     return Rows(out, live != 0)
-
-
-def _narrow(matrix: torch.Tensor) -> bool:
-    """Dtypes that the kernel does not read as they are: converted piece by piece."""
-    return floats(matrix[:0]).dtype is not matrix.dtype
 
 
 def _survey(
