@@ -445,6 +445,7 @@ def test_a_configuration_that_transformers_refuses_is_one_short_line(
     )
     [line] = [line for line in errors.splitlines() if line.startswith("error:")]
     assert (code, says in line, len(line) < 400) == (2, True, True)
+    assert not line.endswith(":"), "the reason is in the next line of the message"
 
 
 def test_a_file_in_the_place_of_the_folder_is_told_before_the_model_is_loaded(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tensortap.errors import ConfigError
 from tensortap_hf import modes
@@ -53,7 +53,7 @@ def test_missing_and_foreign_files_are_named(calibrated: Any, tmp_path: Path) ->
     with pytest.raises(ConfigError, match="schema None"):
         Scales.load(tmp_path / "s")
     (tmp_path / "s.json").write_text('{"schema": 1, "hidden_size": 24}')
-    with pytest.raises(ConfigError, match="no scales of Quamba"):
+    with pytest.raises(ConfigError, match=r"s\.json holds no scales.*intermediate_size is None"):
         Scales.load(tmp_path / "s")
     (tmp_path / "s.safetensors").write_bytes(b"no tensors")
     with pytest.raises(ConfigError, match=r"s\.safetensors"):
@@ -71,3 +71,54 @@ def test_scales_of_another_model_are_refused(calibrated: Any, mamba: Any) -> Non
         with pytest.raises(ConfigError, match="of another model"):
             modes.apply(other, "0", family="quamba", calibration=some_scales(calibrated))
         assert all("forward" not in vars(module) for module in other.modules())
+
+
+def test_scales_of_other_weights_are_refused(calibrated: Any, mamba: Any) -> None:
+    scales = some_scales(calibrated)
+    other = mamba(layers=4)
+    modes.apply(other, "0", family="quamba", calibration=scales).remove()
+    with torch.no_grad():
+        other.backbone.layers[2].mixer.D[0] += 1
+    with pytest.raises(ConfigError, match="its weights are not"):
+        modes.apply(other, "0", family="quamba", calibration=scales)
+    assert all("forward" not in vars(module) for module in other.modules())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("percentile_alpha", "x"),
+        ("percentile_alpha", 2.0),
+        ("sample_lengths", "abc"),
+        ("sample_lengths", [1, "2"]),
+        ("hidden_size", True),
+        ("weights", 7),
+    ],
+)
+def test_values_of_a_wrong_type_are_named(
+    calibrated: Any, tmp_path: Path, key: str, value: object
+) -> None:
+    some_scales(calibrated).save(tmp_path / "s")
+    said = json.loads((tmp_path / "s.json").read_text())
+    (tmp_path / "s.json").write_text(json.dumps({**said, key: value}))
+    with pytest.raises(ConfigError, match=rf"s\.json holds no scales.*{key} is"):
+        Scales.load(tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    ("column", "says"),
+    [
+        (torch.ones(4, 1), r"ssm_state is torch\.float32 \[4, 1\]"),
+        (torch.ones(4, dtype=torch.int64), r"ssm_state is torch\.int64"),
+        (torch.ones(3), "differ in length"),
+        (torch.tensor([1, 1, float("inf"), 1]), "layer 2: the scale ssm_state is inf"),
+    ],
+)
+def test_tensors_that_are_no_scales_are_named(
+    calibrated: Any, tmp_path: Path, column: torch.Tensor, says: str
+) -> None:
+    some_scales(calibrated).save(tmp_path / "s")
+    columns = load_file(tmp_path / "s.safetensors")
+    save_file({**columns, "ssm_state": column}, tmp_path / "s.safetensors")
+    with pytest.raises(ConfigError, match=rf"s\.safetensors.*{says}"):
+        Scales.load(tmp_path / "s")

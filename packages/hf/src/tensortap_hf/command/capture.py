@@ -30,6 +30,7 @@ from tensortap_hf.command.options import (
 )
 from tensortap_hf.command.paths import require_folder
 from tensortap_hf.command.runs import opened
+from tensortap_hf.fingerprint import fingerprint
 
 
 def capture(
@@ -66,7 +67,7 @@ def capture(
     read, calibration = inputs.read(loaded)
     arguments = [*loaded.arguments, "--layers", layers, *inputs.arguments()]
     plan = Plan(
-        loaded, layers_of(loaded.model, layers), read, calibration, loaded.weights(),
+        loaded, layers_of(loaded.model, layers), read, calibration, fingerprint(loaded.model),
         tuple(exclude or ()),
         {"command": arguments + [word for one in exclude or () for word in ("--exclude", one)]},
     )  # fmt: skip

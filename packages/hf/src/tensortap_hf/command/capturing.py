@@ -87,7 +87,7 @@ class Plan:
     samples: Samples
     calibration: Calibration
     weights: str
-    """See `Loaded.weights`."""
+    """Their fingerprint."""
     exclude: tuple[str, ...] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)
 

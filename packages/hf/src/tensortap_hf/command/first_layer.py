@@ -33,6 +33,7 @@ from tensortap_hf.command.options import (
 )
 from tensortap_hf.command.paths import require_folder
 from tensortap_hf.command.runs import folders
+from tensortap_hf.fingerprint import fingerprint
 from tensortap_hf.layouts import first_layer as layout
 from tensortap_hf.modes import Mode
 
@@ -72,7 +73,8 @@ def first_layer(
     chosen = chosen_modes(wanted, loaded)
     read, calibration = inputs.read(loaded)
     layers = layers_of(loaded.model, "first")
-    plan = Plan(loaded, layers, read, calibration, loaded.weights(), tuple(exclude or ()))
+    weights = fingerprint(loaded.model)
+    plan = Plan(loaded, layers, read, calibration, weights, tuple(exclude or ()))
     seen, failed = _capture(plan, chosen)
     about = layout.About(model=loaded.source, pretrained_dir=model, seq_len=read.lengths[0])
     if seen:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
 import json
@@ -52,19 +51,6 @@ class Loaded:
     source: str
     arguments: tuple[str, ...]
     """What on the command line made it."""
-
-    def weights(self) -> str:
-        """A digest of all parameters and buffers: it tells whether two runs are of one model.
-
-        Of packed weights (subclasses of tensors) only class and shape count.
-        """
-        digest = hashlib.blake2b(digest_size=8)
-        for name, tensor in self.model.state_dict().items():
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {type(tensor)}".encode())
-            if type(tensor) is torch.Tensor:
-                plain = tensor.detach().cpu().contiguous().reshape(-1)
-                digest.update(plain.view(torch.uint8).numpy().data)
-        return digest.hexdigest()
 
 
 def load(model: str | None, random_init: str | None, device: str) -> Loaded:
@@ -212,6 +198,7 @@ def _tried(what: str, load: Callable[[], Any]) -> Any:
 
 
 def _first_line(failure: BaseException) -> str:
+    """What a message begins with; with the line after it where that gives the reason."""
     lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
-    first = lines[0] if lines else type(failure).__name__
-    return textwrap.shorten(first, _LONGEST, placeholder=" …")
+    first = " ".join(lines[: 2 if lines[0].endswith(":") else 1]) if lines else ""
+    return textwrap.shorten(first or type(failure).__name__, _LONGEST, placeholder=" …")

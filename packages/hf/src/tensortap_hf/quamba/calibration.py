@@ -11,6 +11,7 @@ from torch import nn
 
 from tensortap.errors import AlreadyAttached, ConfigError
 from tensortap.undo import Undo
+from tensortap_hf.fingerprint import fingerprint
 from tensortap_hf.modes.applied import state_of
 from tensortap_hf.quamba import editing
 from tensortap_hf.quamba.floats import FloatForward
@@ -53,6 +54,7 @@ def observe(
     if not 0 < alpha <= 1:
         raise ConfigError(f"percentile alpha {alpha} is not in (0, 1]; the default is {ALPHA}.")
     ids = _checked(samples, int(parts.embed.weight.shape[0]))
+    weights = fingerprint(parts.model)
     watched = [_Watch(block.name, alpha) for block in parts.blocks]
     undo = Undo()
     try:
@@ -71,6 +73,7 @@ def observe(
         parts.intermediate_size,
         alpha,
         tuple(sample.shape[1] for sample in ids),
+        weights,
     )
 
 

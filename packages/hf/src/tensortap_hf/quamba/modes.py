@@ -10,6 +10,7 @@ from torch import nn
 from tensortap.errors import ConfigError
 from tensortap.selection import Selection
 from tensortap.undo import Undo
+from tensortap_hf.fingerprint import fingerprint
 from tensortap_hf.modes.registry import Apply, Changes, Family, Mode, Options
 from tensortap_hf.quamba import editing, rotation
 from tensortap_hf.quamba.calibration import calibrate, observe
@@ -62,13 +63,20 @@ def _rotated(parts: Parts) -> tuple[str, ...]:
 
 def _scales(parts: Parts, calibration: Any) -> Scales:
     """Scales that fit the model; from samples, if they are what was given."""
-    scales = calibration if isinstance(calibration, Scales) else observe(parts, calibration, ALPHA)
+    if not isinstance(calibration, Scales):
+        return observe(parts, calibration, ALPHA)
+    scales = calibration
     wanted = (len(parts.blocks), parts.hidden_size, parts.intermediate_size)
     given = (len(scales.layers), scales.hidden_size, scales.intermediate_size)
     if given != wanted:
         raise ConfigError(
             "these scales are of another model: (layers, hidden size, channels) are "
             f"{given}, the model's are {wanted}. Calibrate this model."
+        )
+    if scales.weights != fingerprint(parts.model):
+        raise ConfigError(
+            "these scales are of another model: its sizes are the same, its weights are not. "
+            "Calibrate this model, in the dtype it has now."
         )
     return scales
 

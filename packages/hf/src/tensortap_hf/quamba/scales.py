@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,8 @@ class Scales:
     percentile_alpha: float
     sample_lengths: tuple[int, ...]
     """Tokens of each calibration sample."""
+    weights: str
+    """The fingerprint of the model: scales fit no other weights."""
 
     def save(self, path: str | Path) -> None:
         """Write `path.safetensors` (one tensor [layers] a scale) and `path.json` (the rest)."""
@@ -70,14 +72,8 @@ class Scales:
         """Read what `save` wrote; raises `ConfigError` saying what is wrong with which file."""
         tensors, document = _files(path)
         columns, said = _read_tensors(tensors), _read_json(document)
-        try:
-            values = zip(*(columns[name].tolist() for name in NAMES), strict=True)
-            said["sample_lengths"] = tuple(said["sample_lengths"])
-            return cls(tuple(LayerScales(*layer) for layer in values), **said)
-        except (KeyError, TypeError, ValueError) as problem:
-            raise ConfigError(
-                f"{tensors} and {document} are no scales of Quamba modes: {problem!r}."
-            ) from problem
+        layers = _layers(columns, tensors)
+        return cls(layers, **_fields(said, document))
 
     def _column(self, name: str) -> torch.Tensor:
         return torch.tensor([getattr(layer, name) for layer in self.layers])
@@ -115,3 +111,56 @@ def _read_json(path: Path) -> dict[str, Any]:
     if schema != _SCHEMA:
         raise ConfigError(f"{path} is of schema {schema!r}; scales of schema {_SCHEMA} are read.")
     return dict(said)
+
+
+def _layers(columns: Mapping[str, torch.Tensor], path: Path) -> tuple[LayerScales, ...]:
+    """One of each row; raises `ConfigError` naming the file, and the layer or the tensor."""
+    found = [columns.get(name) for name in NAMES]
+    lengths = set()
+    for name, column in zip(NAMES, found, strict=True):
+        if column is None or column.dim() != 1 or not column.is_floating_point():
+            raise ConfigError(f"{path} holds no scales of Quamba modes: {name} {_shown(column)}.")
+        lengths.add(len(column))
+    if len(lengths) != 1:
+        raise ConfigError(f"{path} holds no scales of Quamba modes: its tensors differ in length.")
+    made = []
+    rows = zip(*(column.tolist() for column in found if column is not None), strict=True)
+    for number, row in enumerate(rows):
+        try:
+            made.append(LayerScales(*row))
+        except ConfigError as problem:
+            raise ConfigError(f"{path}, layer {number}: {problem}") from problem
+    return tuple(made)
+
+
+def _shown(column: torch.Tensor | None) -> str:
+    if column is None:
+        return "is missing"
+    return f"is {column.dtype} {list(column.shape)}, not floats [layers]"
+
+
+def _fields(said: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The JSON with every value of its type; raises `ConfigError` naming file and key."""
+    for key, (is_right, wanted) in _RIGHT.items():
+        if not is_right(said.get(key)):
+            raise ConfigError(
+                f"{path} holds no scales of Quamba modes: {key} is {said.get(key)!r}, not {wanted}."
+            )
+    return {**{key: said[key] for key in _RIGHT}, "sample_lengths": tuple(said["sample_lengths"])}
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value > 0
+
+
+_RIGHT: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "hidden_size": (_is_count, "a number of channels"),
+    "intermediate_size": (_is_count, "a number of channels"),
+    "percentile_alpha": (
+        lambda value: type(value) in (int, float) and 0 < value <= 1, "a number in (0, 1]"
+    ),
+    "sample_lengths": (
+        lambda value: type(value) is list and all(map(_is_count, value)), "numbers of tokens"
+    ),
+    "weights": (lambda value: type(value) is str, "a fingerprint of weights"),
+}  # fmt: skip
