@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from statistics import median
 
@@ -70,7 +71,7 @@ def _unusable(pairs: Sequence[Pair]) -> Iterator[str]:
 def _far_away(noise: RunFacts, beside: Sequence[Pair]) -> Iterator[str]:
     """Errors far beyond rounding may be meant, or REF and RUN are swapped."""
     both = zip(beside, expected(beside), strict=True)
-    known = [(pair.error, floor) for pair, floor in both if floor and pair.error > 0]
+    known = [(p.error, floor) for p, floor in both if floor and 0 < p.error < math.inf]
     if not known:
         return
     times = median(error / floor for error, floor in known)

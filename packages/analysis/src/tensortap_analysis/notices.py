@@ -66,7 +66,7 @@ def _not_compared(found: RunComparison) -> Iterator[str]:
     if not found.unpaired or not found.pairs or _only_more(found):
         return
     total = len(found.pairs) + found.not_compared
-    said = f"{found.not_compared:,} of {_many(total, 'tensor')} could not be compared: "
+    said = f"{found.not_compared:,} of {total:,} tensors could not be compared: "
     said += ", ".join(counted(found.unpaired))
     kinds: tuple[Kind, ...] = ("damaged", "conflict", "shape", "unknown")
     worst = [one for kind in kinds for one in found.of_kind(kind)[:1]]
@@ -79,7 +79,7 @@ def _only_statistics(found: RunComparison) -> Iterator[str]:
     some = sum(pair.by == "statistics" for pair in found.pairs)
     if not some or found.divergences:
         return
-    only = f"{some:,} of {_many(len(found.pairs), 'tensor')} have statistics only"
+    only = f"{some:,} of {len(found.pairs):,} tensors have statistics only"
     if found.undecided:
         yield (
             f"{only}, which show what a difference is at least: of {len(found.undecided):,} that "
