@@ -81,6 +81,48 @@ def test_classic_takes_10_for_a_critical_issue_and_3_for_a_warning(
     assert (report.score, report.verdict) == (score, verdict)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, 0.0])
+def test_classic_calls_layers_without_finite_values_critical(tmp_path, value):
+    issues = found(tmp_path, {f"{n}": torch.full((8, 8), value) for n in range(6)}, "classic")
+    rule = "not finite" if value else "zero"
+    assert issues == {(f"{n}", rule): "critical" for n in range(6)}
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_classic_takes_10_for_a_single_value_that_is_not_finite(tmp_path, value):
+    x = torch.randn(32, 32)
+    x[3, 5] = value
+    score, issues = health_check(scanned(tmp_path, {"x": x}), "classic")
+    assert (score, [issue.rule for issue in issues["critical"]]) == (90, ["not finite"])
+
+
+def test_classic_notes_dead_rows_however_many(tmp_path):
+    x = torch.randn(16, 64)
+    x[:, :40] = 0
+    assert found(tmp_path, {"x": x}, "classic")["x", "dead columns"] == "info"
+    x = torch.randn(64, 16)
+    x[:40] = 0
+    assert found(tmp_path, {"x": x}, "classic")["x", "dead rows"] == "info"
+
+
+@pytest.mark.parametrize("preset", ["classic", "default"])
+@pytest.mark.parametrize("factor", [1e-6, 1e6])
+def test_a_model_that_exploded_or_vanished_in_all_layers_warns_in_each(tmp_path, preset, factor):
+    state = {f"layers.{n}.q": torch.randn(32, 32) / 6 * factor for n in range(5)}
+    state["alone"] = torch.randn(32, 32) / 6 * factor
+    state["embed_tokens"] = torch.randn(32, 32) * factor
+    issues = found(tmp_path, state, preset)
+    assert {key for key, severity in issues.items() if severity == "warning"} == {
+        (layer, "norm") for layer in state if layer != "embed_tokens"
+    }
+
+
+def test_classic_warns_of_a_layer_unlike_its_peers(tmp_path):
+    state = {f"layers.{n}.q": torch.randn(32, 32) / 6 for n in range(6)}
+    state["layers.3.q"] = state["layers.3.q"] * 50
+    assert found(tmp_path, state, "classic")["layers.3.q", "norm"] == "warning"
+
+
 def test_classic_scores_do_not_fall_below_0(tmp_path):
     state = {f"c{n}": with_condition(8, 1e8) for n in range(12)}
     report = health(scanned(tmp_path, state), "classic")
@@ -154,6 +196,16 @@ def test_copied_rows_are_noted(tmp_path):
     assert found(tmp_path, {"x": x})["x", "copied rows"] == "info"
 
 
+def test_a_dead_row_is_told_as_such_and_not_as_a_condition_number(tmp_path):
+    x = torch.randn(32, 32)
+    x[4] = 0
+    assert found(tmp_path, {"x": x}) == {("x", "dead rows"): "info"}
+    x[:, 7] = 0
+    assert ("x", "condition") not in found(tmp_path, {"x": x})
+    x[:, 20:] = x[:, :12]
+    assert found(tmp_path, {"x": x})["x", "condition"] == "warning"
+
+
 def test_layers_with_the_same_values_are_noted(tmp_path):
     x = torch.randn(8, 8)
     issues = found(
@@ -209,7 +261,7 @@ def test_a_layer_unlike_its_peers_has_exploded_or_vanished(tmp_path):
     state = {f"layers.{n}.q_proj": torch.randn(16, 16) for n in range(8)}
     state["layers.3.q_proj"] *= 20
     state["layers.5.q_proj"] /= 30
-    state |= {f"layers.{n}.v_proj": torch.randn(16, 16) * 50 for n in range(8)}
+    state |= {f"layers.{n}.v_proj": torch.randn(16, 16) * 20 for n in range(8)}
     report = health(scanned(tmp_path, state))
     causes = {issue.layer: issue.cause for issue in report.issues["warning"]}
     assert set(causes) == {"layers.3.q_proj", "layers.5.q_proj"}
@@ -218,12 +270,12 @@ def test_a_layer_unlike_its_peers_has_exploded_or_vanished(tmp_path):
 
 
 def test_norms_that_grow_with_the_depth_are_ordinary(tmp_path):
-    state = {f"layers.{n}.down_proj": torch.randn(16, 16) * 1.5**n for n in range(12)}
+    state = {f"layers.{n}.down_proj": torch.randn(16, 16) / 4 * 1.5**n for n in range(12)}
     assert not found(tmp_path, state)
 
 
 def test_few_layers_have_no_peers(tmp_path):
-    state = {f"layers.{n}.q_proj": torch.randn(16, 16) * 100**n for n in range(3)}
+    state = {f"layers.{n}.q_proj": torch.randn(16, 16) / 40 * 20**n for n in range(3)}
     assert not found(tmp_path, state)
 
 

@@ -104,7 +104,7 @@ def test_layers_that_are_copies_of_each_other_are_all_in_the_plan() -> None:
     assert group["targets"] == ["0", "1", "2"]
     assert quant_plan(found).ignore == ["lm_head"]
     widths = generate_quant_config(found)
-    assert sorted(sum(widths.values(), [])) == ["0", "1", "2", "lm_head"]
+    assert sorted(layer for some in widths.values() for layer in some) == ["0", "1", "2", "lm_head"]
 
 
 def test_the_last_layer_is_left_alone_unless_it_is_asked_for(result: ScanResult) -> None:

@@ -1,12 +1,15 @@
 """The thresholds of the older guide, as they were: comparable with scores of before.
 
-What is known to be wrong with them is in `default`'s documentation.
+NaN, all-zero matrices, dead rows and norms unlike any other are in the guide's list of problems
+too, without thresholds: they are judged as by `default`, with the guide's severities. What is
+known to be wrong with its thresholds is in the documentation of `default`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from tensortap_analysis.weights.health import peers, values
 from tensortap_analysis.weights.health.issue import Issue, Layer, Limits, Rule, Severity, over
 
 LIMITS: Mapping[str, float] = {
@@ -15,6 +18,7 @@ LIMITS: Mapping[str, float] = {
     "outliers_critical": 10.0,
     "outliers_warning": 1.0,
     "stable_ratio": 0.1,
+    **peers.LIMITS,
 }
 _STEPS: tuple[Severity, ...] = ("critical", "warning")
 _STABILITY = (
@@ -75,8 +79,17 @@ def _redundancy(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
                     over(limit, ratio))  # fmt: skip
 
 
+def _dead(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
+    """However many they are, the guide calls them a small matter."""
+    return values.dead(layers, {"dead": 1.0})
+
+
 RULES: Mapping[str, Rule] = {
+    "not finite": values.not_finite,
+    "zero": values.zero,
     "condition": _condition,
     "outliers": _outliers,
+    "norm": peers.norms,
     "redundancy": _redundancy,
+    "dead": _dead,
 }

@@ -69,6 +69,8 @@ def _condition(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
             rows, columns = layer.facts.shape[-2:]
         if value is None or not rows or not columns or layer.zero:
             continue
+        if _dead_alone(layer, value, limits):
+            continue
         limit = limits["condition_ratio"] * typical_condition(rows, columns)
         if value > limit and layer.unresolved("spectral", "condition_number") is None:
             cause = (
@@ -81,6 +83,16 @@ def _condition(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
             )
             yield Issue(layer.name, "condition", "warning", cause, remedy, value, limit,
                         over(value, limit))  # fmt: skip
+
+
+def _dead_alone(layer: Layer, value: float, limits: Limits) -> bool:
+    """Do all-zero rows and columns, which have a rule of their own, make it singular?"""
+    dead = [layer.get("sparsity", what) for what in ("dead_rows", "dead_columns")]
+    rank = layer.get("spectral", "total_rank")
+    if value < math.inf or not any(dead) or rank is None:
+        return False
+    alive = min(layer.get("sparsity", "rows") - dead[0], layer.get("sparsity", "columns") - dead[1])
+    return bool(rank >= limits["rank"] * alive)
 
 
 def _channel_sqnr(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:

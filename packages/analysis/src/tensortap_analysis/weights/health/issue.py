@@ -66,6 +66,12 @@ class Layer:
         return self.facts.shape[0] if self.facts.kind == "experts" else 1
 
     @property
+    def inputs(self) -> int:
+        """How many values make one output: the columns of the matrix that is measured."""
+        shape = self.facts.shape[1:] if self.facts.kind == "experts" else self.facts.shape
+        return shape[0] if self.facts.stored == "in out" else math.prod(shape[1:])
+
+    @property
     def role(self) -> str:
         """`self_attn.q_proj` of `model.layers.3.self_attn.q_proj`: what layers have in common."""
         return _AFTER_LAYER.sub("", self.name)

@@ -13,7 +13,8 @@ LIMITS: Mapping[str, float] = {"dead": 0.1, "range": 0.5}
 _NARROW = ("float16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
 
 
-def _not_finite(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
+def not_finite(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
+    """NaN and infinities are critical, in vectors too."""
     for layer in layers:
         nan, inf = layer.get("norms", "nan"), layer.get("norms", "inf")
         if not nan and not inf:
@@ -23,7 +24,8 @@ def _not_finite(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
         yield Issue(layer.name, "not finite", "critical", cause, remedy, nan + inf, 0.0, math.inf)
 
 
-def _zero(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
+def zero(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
+    """Matrices of zeros are critical, but for a LoRA that has not begun."""
     for layer in layers:
         if layer.vector or not layer.zero or not layer.facts.numel:
             continue
@@ -36,7 +38,8 @@ def _zero(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
             yield Issue(layer.name, "zero", "critical", cause, remedy, 0.0, 0.0, math.inf)
 
 
-def _dead(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
+def dead(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
+    """Rows and columns of zeros; a warning where they are more than a share `dead` of all."""
     for layer in layers:
         if layer.vector or layer.zero:
             continue
@@ -103,9 +106,9 @@ def _range(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
 
 
 RULES: Mapping[str, Rule] = {
-    "not finite": _not_finite,
-    "zero": _zero,
-    "dead": _dead,
+    "not finite": not_finite,
+    "zero": zero,
+    "dead": dead,
     "copied rows": _copied,
     "copy": _same,
     "range": _range,
