@@ -42,7 +42,7 @@ def _noise(pair: Pair, limits: Limits, floor: float) -> Judgement:
         likeness = bhattacharyya(pair.metrics, noise.metrics) or 0.0
         lost = 1 - likeness - lost_likeness(pair.metrics, noise.metrics)
         if lost >= 1 - limits["bhattacharyya"]:
-            grade += f", errors spread unlike it (Bhattacharyya {likeness:.4f})"
+            grade += f", spread unlike it (Bhattacharyya {likeness:.3f})"
             excess = max(excess, 1.0)
     return Judgement(excess, grade)
 
