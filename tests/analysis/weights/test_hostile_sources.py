@@ -319,6 +319,53 @@ def test_a_pipe_is_not_waited_for(tmp_path):
         Scope(tmp_path / "x.safetensors")
 
 
+def test_a_pipe_beside_the_weights_is_not_waited_for(tmp_path):
+    save_file({"a.weight": torch.randn(2, 2)}, tmp_path / "model.safetensors")
+    os.mkfifo(tmp_path / "metadata.json")
+    assert set(read(tmp_path)) == {"a.weight"}
+
+
+@pytest.mark.parametrize("content", [b"9" * 5000, b"7" * 500, b"\xff\xfe", "\u0663".encode()])
+def test_a_latest_iteration_that_is_none_is_one_clear_error(tmp_path, content):
+    (tmp_path / "latest_checkpointed_iteration.txt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"latest_checkpointed_iteration\.txt"):
+        Scope(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"a" * 5000])
+def test_a_reference_in_the_cache_that_is_none_is_one_clear_error(tmp_path, content, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    (tmp_path / "models--org--m" / "refs").mkdir(parents=True)
+    (tmp_path / "models--org--m" / "refs" / "main").write_bytes(content)
+    with pytest.raises(CheckpointError, match="main holds no name"):
+        Scope("org/m")
+
+
+@pytest.mark.parametrize("key", ["model", "x"])
+def test_a_state_dict_that_contains_itself_is_an_error(tmp_path, key):
+    for beside in (torch.ones(2, 2), 3):
+        content = {"a": beside}
+        content[key] = content
+        torch.save(content, tmp_path / "x.pt")
+        with pytest.raises(CheckpointError, match=r"x\.pt contains itself"):
+            Scope(tmp_path / "x.pt")
+
+
+def test_a_list_that_contains_itself_is_an_error(tmp_path):
+    endless = [torch.ones(2, 2)]
+    endless.append(endless)
+    torch.save({"x": endless}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match="contains itself"):
+        Scope(tmp_path / "x.pt")
+
+
+def test_a_tensor_that_repeats_few_stored_values_is_not_written_out(tmp_path):
+    repeated = torch.zeros(1).expand(1 << 30, 1 << 30)
+    torch.save({"a.weight": repeated, "b.weight": torch.ones(2, 2)}, tmp_path / "x.pt")
+    assert reasons(tmp_path / "x.pt") == {"a.weight": "repeats 1 stored values; not read"}
+    assert list(Scope(tmp_path / "x.pt").scan("norms")) == ["b"]
+
+
 @pytest.mark.parametrize("name", ["..", "../x", "a/b/c", "x\0y", "", "-"])
 def test_what_cannot_be_a_path_or_name_is_one_clear_error(tmp_path, name, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))

@@ -13,6 +13,7 @@ from torch import nn
 
 from tensortap.errors import ConfigError, SelectionError
 from tensortap_analysis.weights import METHODS, Options, ReportError, ScanResult, Scope, scanning
+from tensortap_analysis.weights.health import health
 from tensortap_analysis.weights.sources import CheckpointError
 from tensortap_analysis.weights.stacks import worst
 
@@ -152,6 +153,16 @@ def test_copied_matrices_have_their_rows_and_constant_ones_are_no_copies(tmp_pat
     assert copies == {"b": "a.weight"}
     assert result.notes == ("b.weight has the very values of a.weight: tied or copied",)
     assert not result.skipped
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0,), (0, 3, 3, 3), (2, 0, 5), (0, 5, 20)])
+def test_a_weight_without_values_has_its_row_and_does_not_end_the_scan(tmp_path, shape):
+    state = {"a.experts.weight": torch.empty(shape), "b.weight": torch.randn(4, 4)}
+    save_file(state, tmp_path / "x.safetensors")
+    result = Scope(tmp_path / "x.safetensors").scan(output=tmp_path / "r.json")
+    assert {"a.experts", "b"} <= set(result) | set(result.vectors)
+    assert ScanResult.load(tmp_path / "r.json") == result
+    assert {issue.layer for issue in health(result).issues["critical"]} == set()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1.0])

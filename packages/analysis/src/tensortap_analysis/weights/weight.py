@@ -100,7 +100,8 @@ class Weight:
     def matrices(self) -> Iterator[torch.Tensor]:
         """The values as measures take them: [out, in], contiguous; of a stack one by one."""
         for one in self._parts():
-            matrix = one.reshape(one.shape[0] if one.ndim > 1 else 1, -1)
+            rows, below = (one.shape[0], one.shape[1:]) if one.ndim > 1 else (1, one.shape)
+            matrix = one.reshape(rows, math.prod(below))
             yield (matrix.T if self.transposed else matrix).contiguous()
 
     def _parts(self) -> Iterator[torch.Tensor]:

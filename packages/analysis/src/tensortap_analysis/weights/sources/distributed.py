@@ -11,6 +11,7 @@ from typing import IO, Any, cast
 
 import torch
 
+from tensortap_analysis.weights.sources.mapped import repeats
 from tensortap_analysis.weights.sources.metadata import Plain, read_metadata
 from tensortap_analysis.weights.sources.source import (
     CheckpointError,
@@ -46,7 +47,8 @@ class Chunk:
                 f"{self.path}: bytes {self.start} to {self.start + self.length} are no tensor: "
                 f"{first}."
             ) from None
-        if not isinstance(values, torch.Tensor) or tuple(values.shape) != self.sizes:
+        plain = isinstance(values, torch.Tensor) and values.layout == torch.strided
+        if not plain or tuple(values.shape) != self.sizes or repeats(values):
             raise CheckpointError(
                 f"{self.path}: bytes {self.start} to {self.start + self.length} should hold a "
                 f"tensor of {self.sizes}, and do not."

@@ -16,6 +16,7 @@ from tensortap_analysis.weights.sources.source import (
     Listing,
     plain_name,
     regular,
+    short_text,
 )
 
 _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -77,7 +78,7 @@ def _commit(home: Path, revision: str) -> str:
     reference = home / "refs" / revision
     if not reference.is_file():
         return revision
-    return plain_name(reference.read_text(encoding="utf-8").strip(), reference)
+    return plain_name(short_text(reference), reference)
 
 
 def _indexed(folder: Path, index: Path) -> Listing:

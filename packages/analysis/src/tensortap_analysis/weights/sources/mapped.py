@@ -19,6 +19,11 @@ from tensortap.store.mapping import map_bytes
 Loader = Callable[[], torch.Tensor]
 
 
+def repeats(tensor: torch.Tensor) -> bool:
+    """Has it more values than are stored? Writing it out could take any amount of memory."""
+    return tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes()
+
+
 def kept(tensor: torch.Tensor) -> Loader:
     """Serve a tensor from where it is."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,14 +10,17 @@ import torch
 
 from tensortap_analysis.weights.sources import distributed, state_dict
 from tensortap_analysis.weights.sources.distributed import Stored
+from tensortap_analysis.weights.sources.hugging_face import document
 from tensortap_analysis.weights.sources.source import (
     CheckpointError,
     Entry,
     Listing,
     plain_name,
+    short_text,
 )
 
 _LATEST = "latest_checkpointed_iteration.txt"
+_ITERATION = re.compile(r"[0-9]{1,12}")
 _RANK = re.compile(r"mp_rank_\d{2,}(?:_\d{3,})*")
 _STACKED = re.compile(r"^(?P<before>(?:.*\.)?layers)\.(?P<after>(?!\d+(?:\.|$)).+)$")
 """`decoder.layers.mlp.linear_fc1.weight`: all layers in one tensor, along its first axis."""
@@ -29,8 +31,9 @@ def latest(folder: Path) -> Path | None:
     path = folder / _LATEST
     if not path.is_file():
         return None
-    word = path.read_text(encoding="utf-8").strip()
-    name = word if word == "release" else f"iter_{int(word):07d}" if word.isdecimal() else ""
+    word = short_text(path)
+    number = _ITERATION.fullmatch(word)
+    name = word if word == "release" else f"iter_{int(word):07d}" if number else ""
     found = folder / plain_name(name, path)
     if not found.is_dir():
         raise CheckpointError(f"{path} names {found.name}, which is not there.")
@@ -50,11 +53,12 @@ def listing(folder: Path) -> Listing | None:
 
 
 def _backend(folder: Path) -> str | None:
+    """The format that a folder's `metadata.json` names; other tools have files of that name."""
     try:
-        found = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        found = document(folder / "metadata.json").get("sharded_backend")
+    except CheckpointError:
         return None
-    return found.get("sharded_backend") if isinstance(found, dict) else None
+    return found if isinstance(found, str) else None
 
 
 def _distributed(folder: Path) -> Listing:

@@ -13,6 +13,7 @@ import torch
 from tensortap.errors import TensortapError
 from tensortap_analysis.weights.weight import Weight
 
+_LONGEST_TEXT = 1024
 Config = Mapping[str, Any]
 """The `config.json` beside a checkpoint; empty where there is none."""
 
@@ -102,6 +103,18 @@ def regular(path: Path) -> Path:
     if not found.is_file():
         raise CheckpointError(f"{path} is not a file.")
     return found
+
+
+def short_text(path: Path) -> str:
+    """The one word or name that a small file holds; raises `CheckpointError` for anything else."""
+    with regular(path).open("rb") as file:
+        content = file.read(_LONGEST_TEXT + 1)
+    try:
+        if len(content) > _LONGEST_TEXT:
+            raise ValueError("it is too long")
+        return content.decode().strip()
+    except ValueError as failure:
+        raise CheckpointError(f"{path} holds no name: {failure}.") from None
 
 
 def plain_name(name: object, where: Path) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tensortap_analysis.weights.sources.harmless import harmless
-from tensortap_analysis.weights.sources.mapped import kept, placed
+from tensortap_analysis.weights.sources.mapped import kept, placed, repeats
 from tensortap_analysis.weights.sources.source import (
     CheckpointError,
     Entry,
@@ -33,8 +33,10 @@ def listing(path: Path) -> Listing:
     found = regular(path)
     content, mapped = _loaded(found, path)
     skipped: list[Skipped] = []
-    state = _state(content, skipped, path)
-    tensors = list(_distinct(state, skipped))
+    try:
+        tensors = list(_distinct(_state(content, skipped, path), skipped))
+    except RecursionError:
+        raise CheckpointError(f"{path} contains itself, or is nested too deep.") from None
     load = placed(found, [tensor for _, tensor in tensors]) if mapped else kept
     entries = (Entry(name, tuple(one.shape), one.dtype, load(one)) for name, one in tensors)
     notes = () if mapped else (f"{path.name} has torch's old format: it is in memory as a whole",)
@@ -108,6 +110,10 @@ def _distinct(
         if tensor.layout != torch.strided or tensor.is_quantized:
             kind = "quantized" if tensor.is_quantized else tensor.layout
             skipped.append(Skipped(name, f"a {kind} tensor of torch is not read"))
+            continue
+        if repeats(tensor):
+            stored = tensor.untyped_storage().nbytes() // tensor.itemsize
+            skipped.append(Skipped(name, f"repeats {stored:,} stored values; not read"))
             continue
         place = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
         same = first.setdefault(place, name) if tensor.numel() else name
