@@ -454,3 +454,32 @@ def test_a_file_in_the_place_of_the_folder_is_told_before_the_model_is_loaded(
     (tmp_path / "runs").write_text("")
     code, _, errors = cli("modes", "capture", "/nowhere", "--out", tmp_path / "runs")
     assert (code, "runs is not a folder" in errors) == (2, True)
+
+
+def test_a_mamba_that_quamba_cannot_serve_is_told_why_its_modes_are_generic(
+    cli: Cli, shape: Shape, tmp_path: Path
+) -> None:
+    # There is a Hadamard matrix of size 32, and none of size 36 that Quamba has.
+    config = shape({**MAMBA, "hidden_size": 36})
+    arguments = ("modes", "capture", "--random-init", config, *SMALL, "--out")
+    code, _, said = cli(*arguments, tmp_path / "a", "--modes", "fp32")
+    [line] = [line for line in said.splitlines() if line.startswith("warning:")]
+    assert code == 0
+    assert "the modes are those of generic, not quamba: The weights cannot be rotated" in line
+    code, _, said = cli(*arguments, tmp_path / "b", "--modes", "generic/fp32")
+    assert (code, said.count("quamba")) == (0, 0)
+    code, _, said = cli(
+        "modes", "first-layer", "--random-init", config, "--modes", "fp32",
+        "--output-file", tmp_path / "c.npz",
+    )  # fmt: skip
+    assert (code, said.count("not quamba")) == (0, 1)
+
+
+def test_models_that_quamba_is_not_meant_for_are_not_told_about_it(
+    cli: Cli, shape: Shape, tmp_path: Path
+) -> None:
+    code, _, said = cli(
+        "modes", "capture", "--random-init", shape(LLAMA), "--modes", "fp32", *SMALL,
+        "--out", tmp_path / "runs",
+    )  # fmt: skip
+    assert (code, "warning" in said) == (0, False)

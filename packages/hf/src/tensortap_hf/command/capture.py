@@ -10,8 +10,6 @@ import typer
 from tensortap_hf.command import equality, printing
 from tensortap_hf.command.capturing import Outcome, Plan, capture_all
 from tensortap_hf.command.equality import Equality
-from tensortap_hf.command.layers import layers as layers_of
-from tensortap_hf.command.models import load
 from tensortap_hf.command.options import (
     Alpha,
     AsJson,
@@ -26,11 +24,10 @@ from tensortap_hf.command.options import (
     Modes,
     RandomInit,
     SeqLen,
-    chosen_modes,
 )
 from tensortap_hf.command.paths import require_folder
+from tensortap_hf.command.preparing import Wanted, prepared
 from tensortap_hf.command.runs import opened
-from tensortap_hf.fingerprint import fingerprint
 
 
 def capture(
@@ -57,22 +54,12 @@ def capture(
     sample is a step. Exit code: 0 all modes were captured, 1 a mode failed or modes that must be
     bitwise equal are not, 2 nothing could be done.
     """
-    inputs = Inputs(
-        data, samples, seq_len, calib_data, calib_samples, calib_seq_len, percentile_alpha
-    )
-    inputs.check()
     require_folder(out, "--out")
-    loaded = load(model, random_init, device)
-    chosen = chosen_modes(wanted, loaded)
-    read, calibration = inputs.read(loaded)
-    arguments = [*loaded.arguments, "--layers", layers, *inputs.arguments()]
-    plan = Plan(
-        loaded, layers_of(loaded.model, layers), read, calibration, fingerprint(loaded.model),
-        tuple(exclude or ()),
-        {"command": arguments + [word for one in exclude or () for word in ("--exclude", one)]},
-    )  # fmt: skip
-    _warn(plan, samples)
-    work = len(chosen) * len(read.ids) + calibration.work(chosen)
+    plan, chosen = prepared(
+        Wanted(model, random_init, device, wanted, layers, exclude or ()),
+        Inputs(data, samples, seq_len, calib_data, calib_samples, calib_seq_len, percentile_alpha),
+    )
+    work = len(chosen) * len(plan.samples.ids) + plan.calibration.work(chosen)
     with printing.progress_of(work, "capturing") as progress:
         outcomes = capture_all(plan, chosen, out, progress, overwrite=overwrite)
     equal = _equalities(out, outcomes)
@@ -84,15 +71,6 @@ def capture(
     _report(outcomes, equal)
     failed = any(one.error for one in outcomes) or any(e.kind == "violated" for e in equal)
     raise typer.Exit(1 if failed else 0)
-
-
-def _warn(plan: Plan, asked: int) -> None:
-    if plan.samples.tokens == "random" and plan.loaded.arguments[0] != "--random-init":
-        printing.warn("no --data: the inputs are random token ids, unlike any text.")
-    if plan.samples.tokens == "bytes":
-        printing.warn(f"{plan.loaded.source} has no tokenizer: token ids are bytes of the text.")
-    if len(plan.samples.ids) < asked:
-        printing.warn(f"{plan.samples.source} has {len(plan.samples.ids)} samples, not {asked}.")
 
 
 def _equalities(out: Path, outcomes: list[Outcome]) -> list[Equality]:
@@ -108,7 +86,8 @@ def _print(plan: Plan, outcomes: list[Outcome]) -> None:
     tokens = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
     printing.say(
         f"{plan.loaded.source}: layers {', '.join(map(str, plan.layers.numbers))}; "
-        f"{len(plan.samples.ids)} samples of {tokens} tokens from {plan.samples.source}"
+        f"{printing.count(len(plan.samples.ids), 'sample')} of {tokens} tokens from "
+        f"{plan.samples.source}"
     )
     rows = [_cells(one) for one in outcomes]
     printing.say_table(("mode", "family", "run", "records", "seconds"), rows)

@@ -13,8 +13,6 @@ from tensortap.errors import RunExists
 from tensortap.sinks import MemorySink
 from tensortap_hf.command import printing
 from tensortap_hf.command.capturing import Plan, capture, sentence
-from tensortap_hf.command.layers import layers as layers_of
-from tensortap_hf.command.models import load
 from tensortap_hf.command.options import (
     Alpha,
     AsJson,
@@ -29,11 +27,10 @@ from tensortap_hf.command.options import (
     Modes,
     RandomInit,
     SeqLen,
-    chosen_modes,
 )
 from tensortap_hf.command.paths import require_folder
+from tensortap_hf.command.preparing import Wanted, prepared
 from tensortap_hf.command.runs import folders
-from tensortap_hf.fingerprint import fingerprint
 from tensortap_hf.layouts import first_layer as layout
 from tensortap_hf.modes import Mode
 
@@ -67,16 +64,12 @@ def first_layer(
     if taken and not overwrite:
         raise RunExists(f"{taken[0]} exists; choose another --output-file, or pass --overwrite.")
     require_folder(output.parent, "--output-file")
-    inputs = Inputs(data, 1, seq_len, calib_data, calib_samples, calib_seq_len, percentile_alpha)
-    inputs.check()
-    loaded = load(model, random_init, device)
-    chosen = chosen_modes(wanted, loaded)
-    read, calibration = inputs.read(loaded)
-    layers = layers_of(loaded.model, "first")
-    weights = fingerprint(loaded.model)
-    plan = Plan(loaded, layers, read, calibration, weights, tuple(exclude or ()))
+    plan, chosen = prepared(
+        Wanted(model, random_init, device, wanted, "first", exclude or ()),
+        Inputs(data, 1, seq_len, calib_data, calib_samples, calib_seq_len, percentile_alpha),
+    )
     seen, failed = _capture(plan, chosen)
-    about = layout.About(model=loaded.source, pretrained_dir=model, seq_len=read.lengths[0])
+    about = layout.About(plan.loaded.source, pretrained_dir=model, seq_len=plan.samples.lengths[0])
     if seen:
         layout.write(output, seen, about)
     if as_json:
@@ -123,7 +116,7 @@ def _print(seen: Sequence[layout.FirstLayer], output: Path) -> None:
             first = [printing.cell(value) for value in stats["first_10"]]
             printing.say(f"    first {len(first)}: {', '.join(first)}")
     if seen:
-        printing.say(f"{output}: {len(seen)} modes, {', '.join(seen[0].tensors)}")
+        printing.say(f"{output}: {printing.count(len(seen), 'mode')}, {', '.join(seen[0].tensors)}")
 
 
 def _line(stats: dict[str, Any]) -> str:

@@ -134,6 +134,15 @@ def chosen_modes(wanted: str, loaded: Loaded) -> tuple[Mode, ...]:
     return modes.resolve(list(dict.fromkeys(names)), model=loaded.model)
 
 
+def passed_over(wanted: str, loaded: Loaded) -> str | None:
+    """Why the family that is meant for such models is not taken, where nobody spelled one out."""
+    if all("/" in word for word in wanted.split(",") if word.strip()):
+        return None
+    for name, reason in modes.refusals(loaded.model).items():
+        return f"the modes are those of {modes.families_of(loaded.model)[0]}, not {name}: {reason}"
+    return None
+
+
 def _preset(word: str, preferred: str) -> list[str]:
     """`essential` or `generic/essential` as the modes in it; a mode as itself."""
     spelled, _, name = word.rpartition("/")

@@ -62,6 +62,11 @@ def say_table(headings: Sequence[str], rows: Sequence[Sequence[object]], title: 
     print_whole(table, _out)
 
 
+def count(number: int, word: str) -> str:
+    """`1 sample`, `2 samples`."""
+    return f"{number:,} {word}" if number == 1 else f"{number:,} {word}s"
+
+
 def cell(value: object) -> str:
     """A value as people read it: six digits, `-` for what there is none of."""
     if value is None:

@@ -85,6 +85,8 @@ class Family:
 
     `progress` is called with the number of samples done.
     """
+    is_meant_for: Callable[[nn.Module], bool] = lambda model: False
+    """Would one expect the family to serve such a model, so that a refusal is worth telling?"""
     ladder: tuple[tuple[str, str], ...] = ()
     """Pairs (mode, reference) that differ in one thing each."""
     unrotate: Callable[[torch.Tensor], torch.Tensor] | None = None
@@ -169,6 +171,14 @@ def families_of(model: nn.Module) -> tuple[str, ...]:
     """Families that serve a model, the preferred one first."""
     _load_built_in()
     return tuple(name for name in reversed(_FAMILIES) if _FAMILIES[name].refuse(model) is None)
+
+
+def refusals(model: nn.Module) -> dict[str, str]:
+    """Families that are meant for such a model and cannot serve this one -> why."""
+    _load_built_in()
+    meant = {name: family for name, family in _FAMILIES.items() if family.is_meant_for(model)}
+    found = {name: family.refuse(model) for name, family in meant.items()}
+    return {name: reason for name, reason in found.items() if reason is not None}
 
 
 def get(name: str, family: str | None = None, *, model: nn.Module | None = None) -> Mode:

@@ -28,7 +28,11 @@ def of_floats(
 
 
 def dynamically_requantized(window: Codes) -> Codes:
-    """The values of `window` on a grid of their own, that ends at the largest of them."""
+    """The values of `window` on a grid of their own, that ends at the largest of them.
+
+    Of the whole batch, as Quamba does it: in mode 3 the numbers of a sequence depend on what else
+    is in its batch, padding included.
+    """
     found = window.values()
     absmax = float(found.abs().max())
     return half_even(found, single(absmax / LEVELS) if absmax > 0 else 1.0)

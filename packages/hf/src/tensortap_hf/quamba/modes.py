@@ -17,7 +17,7 @@ from tensortap_hf.quamba.calibration import calibrate, observe
 from tensortap_hf.quamba.codes import CodesForward, Weights
 from tensortap_hf.quamba.floats import FloatForward
 from tensortap_hf.quamba.observers import ALPHA
-from tensortap_hf.quamba.parts import Parts, parts, refusal
+from tensortap_hf.quamba.parts import Parts, is_mamba, parts, refusal
 from tensortap_hf.quamba.scales import Scales
 from tensortap_hf.quamba.variants import VARIANTS, Variant
 
@@ -107,6 +107,7 @@ FAMILY = Family(
         "fp_only": ("fp32",),
     },
     calibrate=calibrate,
+    is_meant_for=is_mamba,
     ladder=(("0", "fp32"), ("2-1", "0"), ("2-2", "2-1"), ("2-4", "2-2")),
     unrotate=rotation.unrotate,
     is_residual=rotation.is_residual,

@@ -84,6 +84,12 @@ def refusal(model: nn.Module) -> str | None:
     return None
 
 
+def is_mamba(model: nn.Module) -> bool:
+    """Is this a Mamba of some kind, of which one may think that Quamba has modes for it?"""
+    kinds = {"MambaForCausalLM", *_SCOPE}
+    return any(kinds.intersection(_classes(one)) for one in _pretrained(model))
+
+
 _SCOPE = {
     "Mamba2ForCausalLM": "Quamba2 reorders the heads of Mamba2 and has scales for groups of them; "
     "that is not emulated.",
