@@ -4,7 +4,7 @@ python quamba_modes.py [MODEL] [--out DIR]
 
 MODEL is a local path or the name of a MambaForCausalLM on the hub, unquantised; by default a small
 one of random weights is made here. DIR (default: quamba_modes_runs) gets a run a mode, the
-scales, and errors.png.
+scales, and errors.png; what an earlier start of this script left there is replaced.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import tensortap
 from tensortap_analysis import RunComparison, compare
 from tensortap_hf import modes, quamba
 
-TEXT = Path(__file__).parents[2] / "LICENSE"
+TEXT = Path(__file__)
 SELECT = "layers.*/forward/output,layers.*.mixer/forward/output,layers.*.mixer.scan/forward/*"
 REFERENCE = "fp32"
 
@@ -44,7 +44,7 @@ def capture(model: Any, scales: quamba.Scales, ids: torch.Tensor, out: Path) -> 
     for name in modes.family("quamba").presets["all"]:
         with (
             modes.apply(model, name, family="quamba", calibration=scales),
-            tensortap.attach(model, out / name, select=SELECT, values="full"),
+            tensortap.attach(model, out / name, select=SELECT, values="full", overwrite=True),
             torch.no_grad(),
         ):
             model(ids, use_cache=False)
@@ -57,12 +57,22 @@ def layers(run: RunComparison, word: str = "") -> dict[int, Any]:
 
 
 def table(found: Mapping[str, RunComparison]) -> Table:
-    """One row a mode: errors of its first and last layer, and which modes it must be equal to."""
-    shown = Table("mode", "first layer MSE", "last layer MSE", "last correlation", "equal to")
+    """One row a mode: errors of its first and last mixer and layer, and modes it must be equal to.
+
+    A mixer's output is what it adds to the residual stream, a layer's is the sum.
+    """
+    shown = Table("mode", title="MSE, and the last layer's correlation")
+    for heading in ("first mixer", "first layer", "last mixer", "last layer", "correlation"):
+        shown.add_column(heading)
+    shown.add_column("equal to")
     for name, run in found.items():
-        by_layer = layers(run)
-        first, last = by_layer[min(by_layer)], by_layer[max(by_layer)]
-        numbers = (f"{first.mse:.3e}", f"{last.mse:.3e}", f"{last.correlation:.8f}")
+        by_layer, by_mixer = layers(run), layers(run, ".mixer")
+        ends = [
+            metrics[place].mse
+            for place in (min(by_layer), max(by_layer))
+            for metrics in (by_mixer, by_layer)
+        ]
+        numbers = [*(f"{mse:.3e}" for mse in ends), f"{by_layer[max(by_layer)].correlation:.8f}"]
         shown.add_row(name, *numbers, ", ".join(modes.get(name, "quamba").equals))
     return shown
 
@@ -101,7 +111,7 @@ def main() -> None:
     model, ids = load(arguments.model)
 
     # Samples of different lengths, none of them what is captured.
-    samples = [torch.tensor(ids[1000 + 300 * n :][: 100 + 40 * n]) for n in range(5)]
+    samples = [torch.tensor(ids[256 + 200 * n :][: 100 + 40 * n]) for n in range(5)]
     scales = quamba.calibrate(model, samples)
     scales.save(arguments.out / "scales")
     capture(model, scales, torch.tensor([ids[:256]]), arguments.out)
