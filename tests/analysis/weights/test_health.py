@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import MambaConfig, MambaForCausalLM
 
 from tensortap.errors import ConfigError
 from tensortap_analysis.weights import ScanResult, Scope
@@ -142,6 +143,17 @@ def test_a_perfectly_random_model_is_healthy(tmp_path, dtype):
     report = health(scanned(tmp_path, state))
     assert (report.score, report.verdict) == (100.0, "good")
     assert not any(report.issues.values())
+
+
+def test_a_fresh_mamba_is_healthy():
+    config = MambaConfig(hidden_size=64, num_hidden_layers=2, vocab_size=50)
+    result = Scope(MambaForCausalLM(config)).scan(["spectral", "sparsity", "norms"])
+    report = health(result)
+    assert not report.at_least("warning")
+    assert not [issue for issue in report.issues["info"] if "A_log" in issue.layer]
+    assert health(result, "classic").score == 100
+    named = {(one.name, one.method) for one in result.skipped}
+    assert ("backbone.layers.0.mixer.A_log", "spectral") in named
 
 
 def test_a_condition_number_is_judged_against_its_shape(tmp_path):

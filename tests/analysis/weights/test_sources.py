@@ -206,6 +206,12 @@ def test_kinds_follow_shape_and_name(tmp_path):
         "norm.weight": torch.randn(4),
         "scale": torch.tensor(1.0),
         "proj.weight": torch.randn(4, 4),
+        "mixer.A_log": torch.randn(8, 4),
+        "attn.relative_position_bias_table": torch.randn(9, 2),
+        "experts.down_proj_bias": torch.randn(3, 8),
+        "attn.in_proj_weight": torch.randn(12, 4),
+        "att.time_maa_w1": torch.randn(4, 8),
+        "relative_attention_bias.weight": torch.randn(32, 2),
     }
     save_file(state, tmp_path / "x.safetensors")
     found = by_layer(tmp_path / "x.safetensors")
@@ -218,6 +224,12 @@ def test_kinds_follow_shape_and_name(tmp_path):
         "norm": "vector",
         "scale": "vector",
         "proj": "linear",
+        "mixer.A_log": "table",
+        "attn.relative_position_bias_table": "table",
+        "experts.down_proj_bias": "table",
+        "attn.in_proj_weight": "linear",
+        "att.time_maa_w1": "linear",
+        "relative_attention_bias": "embedding",
     }
     [patches] = found["visual.patch_embed.proj"].matrices()
     assert patches.shape == (8, 12)

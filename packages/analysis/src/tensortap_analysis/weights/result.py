@@ -64,8 +64,9 @@ class ScanResult(Mapping[str, dict[str, Metrics]]):
     """Layer to `{method: {metric: value}}`, in the order of the checkpoint.
 
     The mapping has the matrices: linear layers, embeddings, convolutions, stacks of experts.
-    `vectors` (norms, biases) have "sparsity" and "norms" only. `facts` says what each of both is,
-    `skipped` what is in neither or lacks a method, and why; `notes` hold for all of it.
+    `vectors` (norms, biases, and tables such as `A_log`) have "sparsity" and "norms" only.
+    `facts` says what each of both is, `skipped` what is in neither or lacks a method, and why;
+    `notes` hold for all of it.
     """
 
     source: str

@@ -21,7 +21,7 @@ _OF_VECTORS = ("sparsity", "norms")
 
 def methods_of(weight: Weight, methods: Sequence[str]) -> tuple[str, ...]:
     """Those of `methods` that a weight of this kind has."""
-    return tuple(name for name in methods if weight.kind != "vector" or name in _OF_VECTORS)
+    return tuple(name for name in methods if weight.has_spectrum or name in _OF_VECTORS)
 
 
 def measured(weight: Weight, methods: Sequence[str], options: Options) -> Measured:
@@ -70,7 +70,7 @@ def same_values(weights: Sequence[Weight], found: Mapping[str, Measured]) -> dic
     first: dict[tuple[object, ...], str] = {}
     copies: dict[str, str] = {}
     for weight in weights:
-        if weight.kind == "vector" or not weight.numel:
+        if not weight.has_spectrum or not weight.numel:
             continue
         key = (weight.shape, weight.dtype, found[weight.name]["digest"])
         same = first.setdefault(key, weight.name)

@@ -154,8 +154,8 @@ def _result(
         source=source.label,
         methods=methods,
         options=options,
-        layers={w.layer: found[w.name]["stats"] for w in have if w.kind != "vector"},
-        vectors={w.layer: found[w.name]["stats"] for w in have if w.kind == "vector"},
+        layers={w.layer: found[w.name]["stats"] for w in have if w.has_spectrum},
+        vectors={w.layer: found[w.name]["stats"] for w in have if not w.has_spectrum},
         facts={weight.layer: Facts.of(weight, copies.get(weight.name)) for weight in have},
         skipped=(*source.skipped, *_left_out(weights, methods)),
         notes=(*source.notes, *_said_of(copies)),
@@ -174,10 +174,15 @@ def _left_out(weights: Sequence[Weight], methods: Sequence[str]) -> Iterable[Ski
         has = methods_of(weight, methods)
         for method in methods:
             if method not in has:
-                yield Skipped(weight.name, _VECTOR[method], method)
+                reasons = _TABLE if weight.kind == "table" else _VECTOR
+                yield Skipped(weight.name, reasons[method], method)
 
 
 _VECTOR = {
     "spectral": "a vector has no spectrum",
     "quantization": "vectors stay in their precision when a model is quantised",
+}
+_TABLE = {
+    "spectral": "a table that is no factor of a product: its spectrum says nothing",
+    "quantization": "tables stay in their precision when a model is quantised",
 }

@@ -51,8 +51,12 @@ from typing import Literal
 
 import torch
 
-Kind = Literal["linear", "embedding", "convolution", "experts", "vector"]
-"""What a weight is read as; `experts` is any stack of matrices, the first axis counting them."""
+Kind = Literal["linear", "embedding", "convolution", "experts", "table", "vector"]
+"""What a weight is read as.
+
+`experts` is any stack of matrices, the first axis counting them; a `table` has two axes and is no
+factor of a product (the `A_log` of a state space model, biases by relative position).
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +86,11 @@ class Weight:
     def parameter(self) -> str:
         """`weight`, `bias`, `in_proj_weight`: the last word of the name."""
         return self.name.rpartition(".")[2]
+
+    @property
+    def has_spectrum(self) -> bool:
+        """Is it a matrix, or several, by which inputs are multiplied or whose rows they pick?"""
+        return self.kind not in ("table", "vector")
 
     @property
     def numel(self) -> int:

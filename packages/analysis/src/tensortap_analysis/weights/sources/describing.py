@@ -12,8 +12,15 @@ from tensortap_analysis.weights.packed import unpacked
 from tensortap_analysis.weights.sources.source import Config, Entry, Listing, Skipped
 from tensortap_analysis.weights.weight import Kind, Weight
 
-_EMBEDDING = re.compile(r"(?:^|[._])(?:\w*embed\w*|wte|wpe)(?:[._]|$)", re.IGNORECASE)
+_EMBEDDING = re.compile(
+    r"(?:^|[._])(?:\w*embed\w*|wte|wpe|relative_\w*bias)(?:[._]|$)", re.IGNORECASE
+)
 _EXPERTS = re.compile(r"(?:^|[._])(?:experts?|moe)(?:[._]|$)", re.IGNORECASE)
+_TABLE = re.compile(
+    r"(?:^|[._])(?:log|bias|biases|table|scales?|freqs?|mask|time_(?:decay|first|faaaa|mix_\w+))$",
+    re.IGNORECASE,
+)
+"""Parameters of two axes that are added, multiplied one by one, or looked up."""
 _CONVOLUTION = re.compile(r"conv|patch|downsample|upsample", re.IGNORECASE)
 _LONGEST_KERNEL = 16
 """Three axes of which the last is no longer than this are a convolution over one axis."""
@@ -75,6 +82,8 @@ def _kind(entry: Entry) -> tuple[Kind, str | None]:
     axes, name = len(entry.shape), entry.name
     if axes < 2:
         return "vector", None
+    if axes == 2 and _TABLE.search(name):
+        return "table", None
     if axes == 2:
         return ("embedding" if _EMBEDDING.search(name) else "linear"), None
     if axes == 3 and _EXPERTS.search(name):

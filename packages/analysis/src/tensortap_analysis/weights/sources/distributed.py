@@ -47,13 +47,16 @@ class Chunk:
                 f"{self.path}: bytes {self.start} to {self.start + self.length} are no tensor: "
                 f"{first}."
             ) from None
-        plain = isinstance(values, torch.Tensor) and values.layout == torch.strided
-        if not plain or tuple(values.shape) != self.sizes or repeats(values):
+        if not isinstance(values, torch.Tensor) or not self._is_held_by(values):
             raise CheckpointError(
                 f"{self.path}: bytes {self.start} to {self.start + self.length} should hold a "
                 f"tensor of {self.sizes}, and do not."
             )
         return values.detach()
+
+    def _is_held_by(self, values: torch.Tensor) -> bool:
+        plain = values.layout == torch.strided and tuple(values.shape) == self.sizes
+        return plain and not repeats(values)
 
 
 @dataclass(frozen=True, slots=True)
