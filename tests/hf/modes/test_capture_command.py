@@ -416,6 +416,20 @@ def test_bytes_stand_in_where_a_model_was_saved_without_its_tokenizer(
     assert ids == [byte % fields["vocab_size"] for byte in b"hello world"]
 
 
+def test_a_configuration_that_transformers_wrote_itself_is_read(
+    cli: Cli, build: Any, tmp_path: Path
+) -> None:
+    """A Mamba2's has an infinity in it, which JSON has not."""
+    build("mamba2").config.save_pretrained(tmp_path / "model")
+    assert "__float__" in (tmp_path / "model" / "config.json").read_text()
+    code, _, said = cli(
+        "modes", "capture", "--random-init", tmp_path / "model", "--modes", "fp32", *SMALL,
+        "--out", tmp_path / "runs",
+    )  # fmt: skip
+    assert code == 0
+    assert "not quamba: Mamba2ForCausalLM: the modes of Quamba are for MambaForCausalLM" in said
+
+
 def test_what_is_excluded_is_excluded_of_what_quantises(
     cli: Cli, shape: Shape, tmp_path: Path
 ) -> None:

@@ -93,7 +93,13 @@ def _random(shape: str) -> tuple[Any, str | None]:
         fields, folder = dict(BUILT_IN[shape]), None
     elif path.exists():
         file = path / "config.json" if path.is_dir() else path
-        fields, folder = _json(file), str(file.parent)
+        _require_object(file)
+        # transformers spells infinity in a way of its own.
+        read = transformers.PretrainedConfig.get_config_dict
+        fields, folder = (
+            _tried(f"--random-init {shape}", lambda: read(str(file)))[0],
+            str(file.parent),
+        )
     else:
         raise ConfigError(
             f"--random-init {shape}: neither a file, a folder with a config.json, nor one of "
@@ -177,7 +183,8 @@ def _tokenizer(where: str | None) -> Any:
     return found if words else None
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _require_object(path: Path) -> None:
+    """Raise `ConfigError` for a file that is no JSON object, saying so better than transformers."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except OSError as failure:
@@ -186,7 +193,6 @@ def _json(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is no JSON: {failure}.") from failure
     if not isinstance(fields, dict):
         raise ConfigError(f"{path} holds no configuration: it is not a JSON object.")
-    return fields
 
 
 def _tried(what: str, load: Callable[[], Any]) -> Any:
