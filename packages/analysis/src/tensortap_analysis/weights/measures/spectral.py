@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from tensortap_analysis.weights.measures.facts import Facts, nothing
 from tensortap_analysis.weights.measures.gram import Spectrum, spectrum
@@ -27,7 +28,8 @@ def spectral(facts: Facts, options: Options) -> dict[str, Any]:
     `resolution` is how far the stored dtype's rounding moves singular values. A condition number
     s_max / s_min is resolved where s_min is larger than that; it is at least
     `condition_number_at_least` either way. `total_rank` counts singular values above
-    `rank_tolerance`, which is the resolution. `stable_rank`: ||W||_F^2 / s_max^2.
+    `rank_tolerance`, which is the resolution, and of matrices that were computed in 32 or 16 bits
+    at least numpy's default tolerance for float32. `stable_rank`: ||W||_F^2 / s_max^2.
     `effective_rank`: exp(entropy) of the singular values over their sum (Roy and Vetterli, The
     effective rank, EUSIPCO 2007). `energy_rank_90`: the fewest singular values whose squares hold
     90 % of their sum. `rank_errors`: the error ||W - W_r||_F / ||W||_F of the best approximation
@@ -40,10 +42,12 @@ def spectral(facts: Facts, options: Options) -> dict[str, Any]:
         return _of_zeros(facts.all_zero) | full | _listed(np.zeros(full["full_rank"]), options)
     found = spectrum(facts.matrix, facts.unit)
     reach = resolution(facts, found)
+    tolerance = max(reach, _of_arithmetic(facts, found))
     values = found.values / facts.unit
     return (
         _conditioning(found, reach, facts)
-        | _ranks(found.values, reach)
+        | _ranks(found.values, tolerance)
+        | {"rank_tolerance": tolerance / facts.unit}
         | full
         | _listed(values, options)
     )
@@ -68,7 +72,6 @@ def _conditioning(found: Spectrum, reach: float, facts: Facts) -> dict[str, Any]
         "condition_number": largest / smallest if smallest else math.inf,
         "condition_number_at_least": _at_least(found, reach),
         "resolution": reach / facts.unit,
-        "rank_tolerance": reach / facts.unit,
         "unresolved": unresolved,
     }
 
@@ -81,7 +84,13 @@ def _at_least(found: Spectrum, reach: float) -> float:
     return max(largest / (math.sqrt(found.values[-1] ** 2 + found.error) + reach), 1.0)
 
 
-def _ranks(values: Doubles, reach: float) -> dict[str, Any]:
+def _of_arithmetic(facts: Facts, found: Spectrum) -> float:
+    """What products of thin matrices leave where there is nothing: they are summed in float32."""
+    eps = torch.finfo(torch.float64 if facts.dtype is torch.float64 else torch.float32).eps
+    return max(facts.matrix.shape) * eps * float(found.values[0])
+
+
+def _ranks(values: Doubles, tolerance: float) -> dict[str, Any]:
     shares = values / values.sum()
     present = shares[shares > 0]
     squares = np.square(values / values[0])
@@ -91,7 +100,7 @@ def _ranks(values: Doubles, reach: float) -> dict[str, Any]:
     ranks = [1 << power for power in range(len(values).bit_length()) if 1 << power < len(values)]
     return {
         "stable_rank": float(squares.sum()),
-        "total_rank": int((values > reach).sum()),
+        "total_rank": int((values > tolerance).sum()),
         "effective_rank": math.exp(-float((present * np.log(present)).sum())),
         "energy_rank_90": int(np.searchsorted(energy, 0.90)) + 1,
         "energy_rank_99": int(np.searchsorted(energy, 0.99)) + 1,
