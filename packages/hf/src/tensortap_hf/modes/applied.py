@@ -57,6 +57,10 @@ def apply(
     token-id tensors, or what the family's calibration made of it; only some modes need it.
     `exclude` selects modules that stay as they are, by canonical names (`"layers.0.*"`).
 
+    Neither copy nor save a model that is in a mode. A deepcopy in a mode of Quamba is refused, and
+    one in a quantising generic mode is the unquantised model; what `state_dict()` and
+    `save_pretrained` give are the weights of the mode.
+
     Raises `ConfigError` for a mode there is not or cannot serve the model, `AlreadyAttached` when
     the model is in a mode already; the model is untouched then.
     """
