@@ -368,6 +368,10 @@ def test_taps_in_the_environment_do_not_change_what_is_captured(
         (("--random-init", "SHAPE", "--percentile-alpha", "0"), "0 is not in (0, 1]"),
         (("--random-init", "SHAPE", "--device", "nowhere"), "--device nowhere"),
         (("/nowhere/at/all",), "cannot be loaded"),
+        # Told before anything is loaded: the model is not missed.
+        (("/nowhere/at/all", "--modes", "fp32,mxfp5"), "mode 'mxfp5' is not known"),
+        (("/nowhere/at/all", "--modes", "nobody/fp32"), "no family of modes 'nobody'"),
+        (("/nowhere/at/all", "--layers", "frist"), "'frist' is none; write first, last, all"),
     ],
 )
 def test_a_mistake_is_one_line_and_exits_2(

@@ -50,8 +50,24 @@ def layers(model: nn.Module, wanted: str) -> Layers:
     return Layers(tuple(sorted(set().union(*chosen.values()))), names)
 
 
-def _chosen(wanted: str, numbers: list[int]) -> list[int]:
+def require_words(wanted: str) -> None:
+    """Raise `ConfigError` for words that are layers of no model; needs no model."""
+    for word in _words(wanted):
+        if word not in ("first", "last", "all") and re.fullmatch(r"\d+", word) is None:
+            raise ConfigError(
+                f"--layers {wanted}: {word!r} is none; write first, last, all, or numbers."
+            )
+
+
+def _words(wanted: str) -> list[str]:
     words = [word.strip() for word in wanted.split(",") if word.strip()]
+    if not words:
+        raise ConfigError("--layers is empty; write first,last or all.")
+    return words
+
+
+def _chosen(wanted: str, numbers: list[int]) -> list[int]:
+    words = _words(wanted)
     known: Mapping[str, list[int]] = {
         "first": numbers[:1], "last": numbers[-1:], "all": numbers,
         **{str(number): [number] for number in numbers},
@@ -62,8 +78,6 @@ def _chosen(wanted: str, numbers: list[int]) -> list[int]:
                 f"--layers {wanted}: {word!r} is none; write first, last, all, or numbers from "
                 f"{numbers[0]} to {numbers[-1]}."
             )
-    if not words:
-        raise ConfigError("--layers is empty; write first,last or all.")
     return sorted({number for word in words for number in known[word]})
 
 

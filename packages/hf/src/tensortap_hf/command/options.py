@@ -112,6 +112,24 @@ def vocabulary_of(loaded: Loaded) -> int:
     return size
 
 
+def require_modes(wanted: str) -> None:
+    """Raise `ConfigError` for words that are a mode or preset of no family; needs no model."""
+    presets = {name for one in modes.families() for name in modes.family(one).presets}
+    for word in _words(wanted):
+        spelled, _, name = word.rpartition("/")
+        if spelled:
+            modes.family(spelled)
+        if name not in presets.union(modes.names()):
+            modes.get(word)  # Raises, with what is nearest.
+
+
+def _words(wanted: str) -> list[str]:
+    words = [word.strip() for word in wanted.split(",") if word.strip()]
+    if not words:
+        raise ConfigError("--modes is empty; write all, or names with commas.")
+    return words
+
+
 def chosen_modes(wanted: str, loaded: Loaded) -> tuple[Mode, ...]:
     """The modes that `--modes` means for a model; raises `ConfigError`.
 
@@ -120,23 +138,20 @@ def chosen_modes(wanted: str, loaded: Loaded) -> tuple[Mode, ...]:
     served = modes.families_of(loaded.model)
     if not served:
         raise ConfigError(f"No family of modes serves {type(loaded.model).__name__}.")
-    words = [word.strip() for word in wanted.split(",") if word.strip()]
     quantized = quantization_method(loaded.model) is not None
     names = [
         name
-        for word in words
+        for word in _words(wanted)
         for name in (
             ["generic/loaded"] if quantized and word == "all" else _preset(word, served[0])
         )
     ]
-    if not names:
-        raise ConfigError("--modes is empty; write all, or names with commas.")
     return modes.resolve(list(dict.fromkeys(names)), model=loaded.model)
 
 
 def passed_over(wanted: str, loaded: Loaded) -> str | None:
     """Why the family that is meant for such models is not taken, where nobody spelled one out."""
-    if all("/" in word for word in wanted.split(",") if word.strip()):
+    if all("/" in word for word in _words(wanted)):
         return None
     for name, reason in modes.refusals(loaded.model).items():
         return f"the modes are those of {modes.families_of(loaded.model)[0]}, not {name}: {reason}"

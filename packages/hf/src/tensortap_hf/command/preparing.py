@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from tensortap_hf.command import printing
 from tensortap_hf.command.capturing import Plan
 from tensortap_hf.command.layers import layers as layers_of
+from tensortap_hf.command.layers import require_words
 from tensortap_hf.command.models import load
-from tensortap_hf.command.options import Inputs, chosen_modes, passed_over
+from tensortap_hf.command.options import Inputs, chosen_modes, passed_over, require_modes
 from tensortap_hf.fingerprint import fingerprint
 from tensortap_hf.modes import Mode
 
@@ -32,6 +33,8 @@ def prepared(wanted: Wanted, inputs: Inputs) -> tuple[Plan, tuple[Mode, ...]]:
     Raises `ConfigError` or `NotSupported`, what can be told without a model first.
     """
     inputs.check()
+    require_modes(wanted.modes)
+    require_words(wanted.layers)
     loaded = load(wanted.model, wanted.random_init, wanted.device)
     chosen = chosen_modes(wanted.modes, loaded)
     layers = layers_of(loaded.model, wanted.layers)
