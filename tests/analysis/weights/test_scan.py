@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import subprocess
 import sys
 import threading
@@ -250,6 +251,23 @@ def test_a_journal_of_other_files_or_methods_is_not_used(folder, tmp_path, monke
     names = counted(monkeypatch)
     Scope(folder).scan(output=tmp_path / "r.json", **settings)
     assert len(names) == 15
+
+
+@pytest.mark.parametrize("change", ["folder", "config"])
+def test_a_journal_of_a_checkpoint_of_the_same_name_size_and_time_is_not_used(
+    tmp_path, monkeypatch, change
+):
+    folders = [tmp_path / "a", tmp_path / ("b" if change == "folder" else "a")]
+    for folder in folders[:1] if change == "config" else folders:
+        safetensors_folder(folder, small_state())
+        os.utime(folder / "model.safetensors", (1, 1))
+    interrupted(Scope(folders[0]), tmp_path / "r.json", after=6)
+    if change == "config":
+        (tmp_path / "a" / "config.json").write_text("{}")
+    names = counted(monkeypatch)
+    result = Scope(folders[1]).scan(output=tmp_path / "r.json")
+    assert len(names) == 15
+    assert result == Scope(folders[1]).scan()
 
 
 def test_a_killed_scan_goes_on(folder, tmp_path):

@@ -120,7 +120,7 @@ def _together(folder: Path, names: Sequence[str]) -> Listing:
     )
     return Listing(
         tuple(entries),
-        tuple(file for part in parts for file in part.files),
+        (*(file for part in parts for file in part.files), *_config_file(folder)),
         tuple(skipped for part in parts for skipped in part.skipped),
         config_of(folder),
         tuple(note for part in parts for note in part.notes),
@@ -139,17 +139,24 @@ def _safetensors(path: Path) -> Listing:
 def single(path: Path) -> Listing:
     """One safetensors file, with the `config.json` beside it."""
     found = _safetensors(path)
-    return Listing(found.entries, found.files, config=config_of(path.parent))
+    files = (*found.files, *_config_file(path.parent))
+    return Listing(found.entries, files, config=config_of(path.parent))
 
 
 def config_of(folder: Path) -> dict[str, Any]:
     """`config.json` of a model, with the part about its text model on top; empty without one."""
-    path = folder / "config.json"
-    if not path.is_file():
+    found = _config_file(folder)
+    if not found:
         return {}
-    config = document(path)
+    config = document(found[0])
     text = config.get("text_config")
     return {**config, **text} if isinstance(text, dict) else config
+
+
+def _config_file(folder: Path) -> tuple[Path, ...]:
+    """It says how weights are packed and lie, so a scan depends on it as on the weights."""
+    path = folder / "config.json"
+    return (path,) if path.is_file() else ()
 
 
 def document(path: Path) -> dict[str, Any]:

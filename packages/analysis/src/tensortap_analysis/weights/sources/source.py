@@ -13,9 +13,11 @@ import torch
 from tensortap.errors import TensortapError
 from tensortap_analysis.weights.weight import Weight
 
-_LONGEST_TEXT = 1024
 Config = Mapping[str, Any]
 """The `config.json` beside a checkpoint; empty where there is none."""
+Identity = tuple[tuple[str, int, int, int], ...]
+"""Path, inode, bytes and time of modification (ns) of each file."""
+_LONGEST_TEXT = 1024
 
 
 class CheckpointError(TensortapError):
@@ -77,21 +79,21 @@ class Listing:
 class Source:
     """What can be scanned, in the order of the checkpoint; nothing is read before it is asked for.
 
-    `identity` changes when a file does: names, sizes and times of modification; it is empty for a
-    live module. `notes` are sentences that hold for all of it.
+    `identity` changes when a file does, or another one is read; it is empty for a live module.
+    `notes` are sentences that hold for all of it.
     """
 
     label: str
     weights: tuple[Weight, ...]
     skipped: tuple[Skipped, ...] = ()
-    identity: tuple[tuple[str, int, int], ...] = ()
+    identity: Identity = ()
     notes: tuple[str, ...] = ()
 
 
-def identity_of(files: tuple[Path, ...]) -> tuple[tuple[str, int, int], ...]:
-    """Name, bytes and time of modification (ns) of each file."""
-    found = ((path.name, path.stat()) for path in sorted(set(files)))
-    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in found)
+def identity_of(files: tuple[Path, ...]) -> Identity:
+    """Of each file, whole: two checkpoints may have files of one name, size and time."""
+    found = ((path.resolve(), path.stat()) for path in sorted(set(files)))
+    return tuple((str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns) for path, stat in found)
 
 
 def regular(path: Path) -> Path:
