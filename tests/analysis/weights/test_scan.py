@@ -342,6 +342,37 @@ def test_what_one_expert_leaves_unresolved_the_stack_does():
     assert found["unresolved"] == {"condition_number": "matrix 1: NaN"}
 
 
+def test_an_expert_that_is_not_resolved_does_not_hide_one_that_is(tmp_path):
+    q = torch.linalg.qr(torch.randn(4, 32, 32, dtype=torch.float64))[0]
+    values = torch.ones(4, 32, dtype=torch.float64)
+    values[1, 0], values[3, 0] = 1e-5, 1e-10
+    state = {"mlp.experts.down_proj": (q * values[:, None]).float().contiguous()}
+    save_file(state, tmp_path / "x.safetensors")
+    stats = Scope(tmp_path / "x.safetensors").scan()["mlp.experts.down_proj"]["spectral"]
+    assert stats["condition_number"] == pytest.approx(1e5, rel=0.1)
+    assert stats["experts"]["condition_number"]["worst"] == 1
+    assert "condition_number" not in stats["unresolved"]
+
+
+def test_dead_experts_are_counted_and_leave_the_metrics_of_the_others(tmp_path):
+    experts = torch.randn(4, 64, 64)
+    alive = experts[[0, 1, 3]].clone()
+    experts[2] = 0
+    state = {"a.experts.down_proj": experts, "b.experts.down_proj": alive}
+    save_file(state, tmp_path / "x.safetensors")
+    result = Scope(tmp_path / "x.safetensors").scan()
+    some, all_ = result["a.experts.down_proj"], result["b.experts.down_proj"]
+    assert (some["sparsity"]["dead_experts"], all_["sparsity"]["dead_experts"]) == (1, 0)
+    for method in ("spectral", "quantization"):
+        found, wanted = dict(some[method]), dict(all_[method])
+        assert found.pop("experts")["count"] == wanted.pop("experts")["count"] + 1
+        assert found == wanted
+    for preset in ("default", "classic"):
+        [issue] = health(result, preset).issues["critical"]
+        assert (issue.layer, issue.rule) == ("a.experts.down_proj", "dead experts")
+    assert math.isfinite(worst([{"l2": 1e200}, {"l2": 2e200}])["l2"])
+
+
 def test_float8_with_scales_is_measured_by_its_values(tmp_path):
     torch.manual_seed(0)
     x = torch.randn(64, 64)

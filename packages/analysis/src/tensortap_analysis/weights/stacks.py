@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
+
+from tensortap_analysis.weights.measures.facts import ALL_ZERO
 
 _LOWER_IS_WORSE = (
     "s_min", "stable_rank", "total_rank", "effective_rank", "energy_rank_90", "energy_rank_99",
@@ -14,25 +17,51 @@ _ADDED = (
     "zeros", "near_zeros", "dead_rows", "dead_columns", "duplicated_rows", "nan", "inf", "l1",
 )  # fmt: skip
 """Counts and sums: those of the stack are the sum over its matrices."""
-_DROPPED = ("spectrum",)
+_DROPPED = ("spectrum", "dead_rows_at", "dead_columns_at", "duplicated_rows_at")
+"""What belongs to one matrix."""
 
 
 def worst(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One method's metrics of a stack.
 
-    A metric is that of the worst matrix (a sum where it counts); `experts` has, for each that
-    differs among them, the matrix it comes from, the smallest, the median and the largest. What
-    is unresolved in any matrix is unresolved in the stack.
+    A metric is that of the worst matrix whose value is resolved, or of the worst where none is (a
+    sum where it counts); `experts` has, for each that differs among them, the matrix it comes
+    from, the smallest, the median and the largest. A metric is unresolved where that matrix leaves
+    it so, and where any matrix has no value for it. Matrices of zeros have only counts and norms:
+    they are not the worst of anything, and `dead_experts` counts them.
     """
     if not parts:
         return {"unresolved": {"*": "the stack has no matrix"}, "experts": {"count": 0}}
     spread: dict[str, Any] = {"count": len(parts)}
-    found = _merged(parts, "", spread)
+    alive = [{} if _directionless(part) else part for part in parts]
+    used = alive if any(alive) else parts
+    found = _merged(used, "", spread)
+    if "zeros" in found:
+        found["dead_experts"] = sum(_zero(part) for part in parts)
+    return {**found, "unresolved": _unresolved(used), "experts": spread}
+
+
+def _directionless(part: dict[str, Any]) -> bool:
+    """Is it the spectrum or the quantisation of zeros, which have neither?"""
+    return ALL_ZERO in part.get("unresolved", {}).values()
+
+
+def _zero(part: dict[str, Any]) -> bool:
+    """Are these the counts of a matrix of zeros?"""
+    return bool(part["zeros"] and part["zeros"] == part["rows"] * part["columns"])
+
+
+def _unresolved(parts: Sequence[dict[str, Any]]) -> dict[str, str]:
     reasons: dict[str, str] = {}
     for index, part in enumerate(parts):
         for metric, reason in part.get("unresolved", {}).items():
-            reasons.setdefault(metric, f"matrix {index}: {reason}")
-    return {**found, "unresolved": reasons, "experts": spread}
+            resolved = any(
+                other.get(metric) is not None and metric not in other.get("unresolved", {})
+                for other in parts
+            )
+            if part.get(metric) is None or not resolved or metric in _ADDED:
+                reasons.setdefault(metric, f"matrix {index}: {reason}")
+    return reasons
 
 
 def _merged(parts: Sequence[dict[str, Any]], path: str, spread: dict[str, Any]) -> dict[str, Any]:
@@ -40,11 +69,11 @@ def _merged(parts: Sequence[dict[str, Any]], path: str, spread: dict[str, Any]) 
     for metric in dict.fromkeys(metric for part in parts for metric in part):
         if metric == "unresolved" or metric in _DROPPED:
             continue
-        values = [part.get(metric) for part in parts]
+        values = _resolved([part.get(metric) for part in parts], parts, metric)
         first = next((value for value in values if value is not None), None)
         name = f"{path}{metric}"
         if isinstance(first, dict):
-            maps = [value for value in values if isinstance(value, dict)]
+            maps = [value if isinstance(value, dict) else {} for value in values]
             found[metric] = _merged(maps, f"{name}.", spread)
         elif isinstance(first, (str, bool, list)):
             found[metric] = first
@@ -52,6 +81,15 @@ def _merged(parts: Sequence[dict[str, Any]], path: str, spread: dict[str, Any]) 
             lower = metric in _LOWER_IS_WORSE or path == "formats."
             found[metric] = _number(name, metric, values, lower, spread)
     return found
+
+
+def _resolved(values: list[Any], parts: Sequence[dict[str, Any]], metric: str) -> list[Any]:
+    """Without the values that their matrix leaves unresolved, if any other matrix does not."""
+    sure = [
+        None if metric in part.get("unresolved", {}) else value
+        for value, part in zip(values, parts, strict=True)
+    ]
+    return sure if any(value is not None for value in sure) else values
 
 
 def _number(
@@ -71,6 +109,6 @@ def _number(
             "max": max(numbers),
         }
     if metric == "l2":
-        return float(sum(number * number for number in numbers) ** 0.5)
+        return math.hypot(*numbers)
     chosen: int | float = sum(numbers) if metric in _ADDED else value
     return chosen

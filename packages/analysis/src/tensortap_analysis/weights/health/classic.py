@@ -87,6 +87,7 @@ def _dead(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
 RULES: Mapping[str, Rule] = {
     "not finite": values.not_finite,
     "zero": values.zero,
+    "dead experts": values.dead_experts,
     "condition": _condition,
     "outliers": _outliers,
     "norm": peers.norms,

@@ -38,6 +38,16 @@ def zero(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
             yield Issue(layer.name, "zero", "critical", cause, remedy, 0.0, 0.0, math.inf)
 
 
+def dead_experts(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
+    """Matrices of zeros among those of a stack are critical."""
+    for layer in layers:
+        count = layer.get("sparsity", "dead_experts")
+        if count and not layer.zero:
+            cause = f"{count:,} of its {layer.count:,} experts are all 0: nothing passes through."
+            remedy = "Were all loaded? Else prune them, and their rows of the router."
+            yield Issue(layer.name, "dead experts", "critical", cause, remedy, count, 0.0, math.inf)
+
+
 def dead(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
     """Rows and columns of zeros; a warning where they are more than a share `dead` of all."""
     for layer in layers:
@@ -108,6 +118,7 @@ def _range(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
 RULES: Mapping[str, Rule] = {
     "not finite": not_finite,
     "zero": zero,
+    "dead experts": dead_experts,
     "dead": dead,
     "copied rows": _copied,
     "copy": _same,

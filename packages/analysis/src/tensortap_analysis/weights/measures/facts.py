@@ -21,6 +21,8 @@ NEAR_ZERO = 1e-3
 """Near zero is what is at most this times the root mean square of the matrix."""
 _BIG, _UNIT = 2.0**480, 2.0**600
 
+ALL_ZERO = "all values are 0"
+
 
 class Facts:
     """A contiguous 2-d matrix, the dtype its values were stored in, and what is known of both."""
@@ -107,7 +109,7 @@ class Facts:
     @property
     def all_zero(self) -> str | None:
         """Why ratios do not exist: there is no value to divide by."""
-        return "all values are 0" if not self.statistics.absmax else None
+        return ALL_ZERO if not self.statistics.absmax else None
 
     @property
     def unusable(self) -> str | None:
