@@ -119,6 +119,56 @@ def test_a_file_that_is_no_scan_is_refused(tmp_path, text):
         ScanResult.load(tmp_path / "r.json")
 
 
+def no_number(row):
+    row["spectral"]["condition_number"] = "abc"
+
+
+def no_metrics(row):
+    row["spectral"] = [1, 2]
+
+
+def no_reasons(row):
+    del row["spectral"]["unresolved"]
+
+
+def no_shape(row):
+    row["weight"]["shape"] = "ab"
+
+
+def negative_shape(row):
+    row["weight"]["shape"] = [-1, 4]
+
+
+def no_method(row):
+    del row["quantization"]
+
+
+def not_a_number(row):
+    row["spectral"]["s_max"] = math.nan
+
+
+DAMAGES = [
+    no_number, no_metrics, no_reasons, no_shape, negative_shape, no_method, not_a_number,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_report_is_refused_with_its_name(tmp_path, damage):
+    save_file({"x.weight": torch.randn(4, 4)}, tmp_path / "x.safetensors")
+    Scope(tmp_path / "x.safetensors").scan(output=tmp_path / "r.json")
+    document = json.loads((tmp_path / "r.json").read_text())
+    damage(document["layers"]["x"])
+    (tmp_path / "r.json").write_text(json.dumps(document))
+    with pytest.raises(ReportError, match=r"r\.json is no saved scan"):
+        ScanResult.load(tmp_path / "r.json")
+
+
+def test_a_report_of_no_text_is_refused_in_few_words(tmp_path):
+    (tmp_path / "r.json").write_bytes(b"\xff" * 5000)
+    with pytest.raises(ReportError, match=r"r\.json is no saved scan: it is no text\.$"):
+        ScanResult.load(tmp_path / "r.json")
+
+
 def test_a_selection_takes_layers_by_their_path(folder):
     scope = Scope(folder)
     assert list(scope.scan("norms", select="model.layers.1.*,!*down_proj")) == [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,10 @@ class Facts:
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Facts:
         """Inverse of `asdict`, from JSON."""
-        return cls(**{**document, "shape": tuple(document["shape"])})
+        shape = document["shape"]
+        if not isinstance(shape, list) or any(type(one) is not int or one < 0 for one in shape):
+            raise ValueError(f"{shape!r} is no shape")
+        return cls(**{**document, "shape": tuple(shape)})
 
 
 @dataclass(frozen=True)
@@ -103,9 +106,12 @@ class ScanResult(Mapping[str, dict[str, Metrics]]):
     def load(cls, path: str | os.PathLike[str]) -> ScanResult:
         """Read a saved scan; raises `ReportError` for anything else."""
         try:
-            return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+            text = Path(path).read_text(encoding="utf-8")
+            return cls.from_json(json.loads(text, parse_constant=_refused))
         except FileNotFoundError:
             raise ReportError(f"There is no saved scan at {path}.") from None
+        except UnicodeDecodeError:
+            raise ReportError(f"{path} is no saved scan: it is no text.") from None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as failure:
             raise ReportError(f"{path} is no saved scan: {failure!r}.") from failure
 
@@ -142,19 +148,37 @@ class ScanResult(Mapping[str, dict[str, Metrics]]):
             source=document["source"],
             methods=tuple(document["methods"]),
             options=Options(**{**options, "formats": tuple(options["formats"])}),
-            layers=_stats(document["layers"]),
-            vectors=_stats(document["vectors"]),
+            layers=_stats(document["layers"], document["methods"]),
+            vectors=_stats(document["vectors"], ()),
             facts=facts,
             skipped=tuple(Skipped(**one) for one in document["skipped"]),
             notes=tuple(document["notes"]),
         )
 
 
-def _stats(rows: Mapping[str, Any]) -> dict[str, dict[str, Metrics]]:
-    return {
-        layer: {method: decoded(metrics) for method, metrics in row.items() if method != "weight"}
-        for layer, row in rows.items()
-    }
+def _refused(word: str) -> Any:
+    raise ValueError(f"{word} is no number of JSON")
+
+
+def _stats(rows: Mapping[str, Any], methods: Iterable[str]) -> dict[str, dict[str, Metrics]]:
+    """By layer; raises `ValueError` where one lacks a method or a metric is none."""
+    found = {}
+    for layer, row in rows.items():
+        if lost := set(methods) - set(row):
+            raise ValueError(f"{layer} lacks {', '.join(sorted(lost))}")
+        stats = {method: metrics for method, metrics in row.items() if method != "weight"}
+        for method, metrics in stats.items():
+            _check_metrics(metrics, f"{layer} {method}")
+        found[layer] = {method: decoded(metrics) for method, metrics in stats.items()}
+    return found
+
+
+def _check_metrics(metrics: Any, where: str) -> None:
+    if not isinstance(metrics, dict) or not isinstance(metrics.get("unresolved"), dict):
+        raise ValueError(f"{where} has no metrics")
+    for metric, value in metrics.items():
+        if isinstance(value, str) and value not in _NONFINITE:
+            raise ValueError(f"{where} {metric}: {value[:40]!r} is no number")
 
 
 def encoded(value: Any) -> Any:

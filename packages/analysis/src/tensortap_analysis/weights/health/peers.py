@@ -58,7 +58,8 @@ def _gains(layer: Layer, limits: Limits) -> Iterator[Issue]:
 def _size(layer: Layer) -> float | None:
     """Root mean square of the values; `None` for zeros, which have a rule of their own."""
     l2 = layer.get("norms", "l2")
-    return l2 / math.sqrt(layer.facts.numel) if l2 and math.isfinite(l2) else None
+    known = l2 and math.isfinite(l2) and layer.facts.numel
+    return l2 / math.sqrt(layer.facts.numel) if known else None
 
 
 def _groups(layers: Sequence[Layer]) -> list[list[tuple[Layer, float]]]:
