@@ -335,3 +335,42 @@ def test_the_self_check_compares_and_times_whole_steps(xla, capsys):
     assert result.identical or max(result.ulp.values()) <= 4
     assert result.records > 20
     assert 0 < result.overhead < 1000
+
+
+def test_a_model_moved_after_it_was_attached_is_told_to_attach_later(xla):
+    model = nn.Sequential(nn.Linear(4, 4))
+    tap = tensortap.attach(model, tensortap.MemorySink())
+    model.to(xla.device)
+    with pytest.warns(tensortap.CaptureWarning, match="Attach after moving the model"):
+        model(torch.ones(2, 4, device=xla.device))
+    tap.detach()
+
+
+def test_an_evaluation_between_training_steps_runs_once_before_it_is_read(xla):
+    model, x = xla.put(nn.Sequential(Block(8))).train(), xla.put(torch.randn(2, 8))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def train():
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        xla.sync()
+
+    def evaluate():
+        with torch.no_grad():
+            model(x).cpu()
+
+    sink = tensortap.MemorySink()
+    with tensortap.attach(model, sink, on_error="raise"):
+        costs = [xla.cost(run).executions for run in (train, evaluate, train, evaluate)]
+    assert costs == [1, 1, 1, 1]
+    records = [record.at for record, _ in sink.find("root/forward/output")]
+    assert [at.eval for at in records] == [False, True, False, True]
+
+
+def test_versions_of_torch_xla_are_in_the_run(xla):
+    model = xla.put(nn.Linear(2, 2))
+    sink = tensortap.MemorySink()
+    with torch.no_grad(), tensortap.attach(model, sink):
+        model(torch.ones(1, 2, device=xla.device))
+    assert sink.run.versions["torch_xla"] == xla.torch_xla.__version__

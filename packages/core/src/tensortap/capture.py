@@ -67,8 +67,8 @@ class Capture:
         """Have the first gradient of a forward tell which forward this backward belongs to."""
         self.emit = self.guarded(self._emit)
         """Hand one tensor to the transfer under all its names."""
-        self.settle = self.guarded(transfer.run_graphs)
-        """Run what lazy devices hold, or with `overdue` only what steps left that are over."""
+        self.settle = self.guarded(transfer.run_overdue)
+        """Before a step begins: have nothing left of the one before."""
 
     def stop(self, tell: Callable[[], None] | None = None) -> None:
         """Capture nothing from now on; the next call of a site tells why."""
@@ -145,13 +145,13 @@ class Capture:
                     self._emit(tensor, [seen])
 
     def _mark(self, output: Any, frame: Frame) -> None:
-        leads_on = self.clock.trained
+        leads_on = False
         for _, tensor in tensors_in("output", output):
             if _gets_gradient(tensor):
                 leads_on = True
                 self._gradients.watch(tensor, frame, None)
-        if not leads_on:  # What the caller reads next would run a lazy forward without us.
-            self._transfer.run_graphs()
+        if not leads_on:
+            self._transfer.end_inference(trained=self.clock.trained)
 
     def _gradient(self, gradient: torch.Tensor, frame: Frame, seen: Sequence[Sighting]) -> None:
         """A watched gradient arrived, of a tensor seen in `frame`."""

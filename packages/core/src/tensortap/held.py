@@ -102,14 +102,24 @@ class Holder:
                 self._release()
             return True
 
-    def run(self, *, overdue: bool = False) -> bool:
-        """Run the graph of what is held, or only if its step is over; false where it may not run.
+    @property
+    def overdue(self) -> bool:
+        """Is a step over whose graph nobody has run?"""
+        return bool(self._ended)
 
-        The backend then calls `_ran`.
-        """
-        if self.lazy is None or not (self._ended if overdue else self._items):
-            return True
-        return self.lazy.run()
+    @property
+    def training(self) -> bool:
+        """Is anything held of a forward that a backward may follow?"""
+        calls = ("forward", "backward")
+        return any(
+            record.name.phase in calls and not record.at.eval
+            for item in self._items
+            for record in item.records
+        )
+
+    def run(self) -> bool:
+        """Run the graph of what is held; the backend calls `_ran` then. False: it may not run."""
+        return self.lazy is None or not self._items or self.lazy.run()
 
     def finish(self) -> None:
         """Nothing more will be added. Raises `CaptureError` where the graph may not be run."""

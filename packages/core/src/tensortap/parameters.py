@@ -11,6 +11,7 @@ from torch import nn
 
 from tensortap.capture import Capture
 from tensortap.choices import Choices
+from tensortap.errors import CaptureError
 from tensortap.gradients import Sighting
 from tensortap.hooks import Hook
 from tensortap.integration import Site
@@ -29,6 +30,7 @@ class ParameterHooks:
         self._owners: dict[nn.Parameter, list[tuple[Site, str]]] = {}
         self._late: dict[nn.Module, list[nn.Parameter]] = {}
         self._awaited: set[nn.Parameter] = set()
+        self._begun = False
         for site in sites:
             if site.kind == "module":
                 self._add(site)
@@ -68,10 +70,27 @@ class ParameterHooks:
         """Capture every selected parameter, as the first forward of the step will use it."""
         if self._capture is None or not self._capture.active or not frame.selected:
             return
+        if not self._begun:
+            self._begun = True
+            self._capture.guarded(self._refuse_moved)()
         self._awaited = {parameter for late in self._late.values() for parameter in late}
         for parameter in self._owners:
             if parameter not in self._awaited:
                 self._emit(parameter, frame)
+
+    def _refuse_moved(self) -> None:
+        """Raise `CaptureError` if other parameters are in the model than when it was attached.
+
+        `model.to("xla")` puts new ones there; hooks stay behind on those it replaces.
+        """
+        for parameter, owners in self._owners.items():
+            site = owners[0][0]
+            for now in site.module.parameters(recurse=False):
+                if now.device.type != parameter.device.type:
+                    raise CaptureError(
+                        f"{site.name} was on {parameter.device.type} when it was attached and has "
+                        f"new parameters on {now.device.type} now. Attach after moving the model."
+                    )
 
     def _arrived(self, module: nn.Module, args: Any) -> None:
         """A module begins to run, so that what it waited for is there."""

@@ -44,12 +44,18 @@ def describe_run(
     )
 
 
+_DEVICES = ("torch_xla", "torch_neuronx")
+"""Modules that bring devices: their versions are noted where they are in use."""
+
+
 def _versions() -> dict[str, str]:
+    devices = {name: sys.modules[name] for name in _DEVICES if name in sys.modules}
     return {
         "tensortap": tensortap.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": f"{sys.platform}-{platform.machine()}",
+        **{name: str(getattr(found, "__version__", "?")) for name, found in devices.items()},
     }
 
 

@@ -278,8 +278,8 @@ class Tap:
         mark_tapped(self._roots, undo)
 
     def _begin_step(self, frame: Frame) -> None:
-        if self._capture.active:  # A graph that nobody ran must not grow into this step's.
-            self._capture.settle(overdue=True)
+        if self._capture.active:
+            self._capture.settle()
         self._parameters.begin_step(frame)
 
     def _end_step(self, step: int, selected: bool) -> None:

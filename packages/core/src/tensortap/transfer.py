@@ -122,10 +122,21 @@ class Transfer:
             )
         return self._holders[id(backend)]
 
-    def run_graphs(self, *, overdue: bool = False) -> None:
-        """Run what lazy backends hold, or only what is left of steps that are over."""
+    def end_inference(self, *, trained: bool) -> None:
+        """A forward without gradients is over: run what lazy backends hold of it.
+
+        What the caller reads next would run the forward without the captures. In a model that
+        is `trained`, a training step may be under way: its graph is left to its own end.
+        """
         for holder in self._holders.values():
-            holder.run(overdue=overdue)
+            if not (trained and holder.training):
+                holder.run()
+
+    def run_overdue(self) -> None:
+        """Run what is left of steps that are over: it must not grow into the next one."""
+        for holder in self._holders.values():
+            if holder.overdue:
+                holder.run()
 
     def _may_wait(self) -> bool:
         return self._on_full == "wait" and self.failure is None and self._thread.is_alive()
