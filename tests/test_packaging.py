@@ -190,7 +190,8 @@ def test_the_integration_is_found_under_the_name_of_its_framework(wheels: dict[s
     assert wheels["tensortap"].entry_points["console_scripts"]["tensortap"] == "tensortap.cli:main"
     commands = wheels["tensortap-analysis"].entry_points["tensortap.commands"]
     assert sorted(commands) == ["compare", "formats", "plot", "report"]
-    assert not wheels["tensortap-neuron"].entry_points.sections()
+    backends = wheels["tensortap-neuron"].entry_points["tensortap.backends"]
+    assert sorted(backends) == ["neuron", "xla"]
 
 
 @pytest.mark.parametrize(
