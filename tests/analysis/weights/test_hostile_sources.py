@@ -4,6 +4,7 @@ import os
 import pickle
 import random
 import struct
+import warnings
 import zipfile
 
 import numpy as np
@@ -133,7 +134,8 @@ def test_a_pickle_payload_in_a_state_dict_is_refused_and_not_run(tmp_path, old):
 
 def test_a_bare_pickle_is_refused_and_not_run(tmp_path):
     (tmp_path / "x.pt").write_bytes(pickle.dumps({"a": Payload(tmp_path / "made")}))
-    with pytest.raises(CheckpointError):
+    with warnings.catch_warnings(), pytest.raises(CheckpointError):
+        warnings.simplefilter("error")
         Scope(tmp_path / "x.pt")
     assert not (tmp_path / "made").exists()
 

@@ -104,11 +104,15 @@ class Scope:
         self, output: str | os.PathLike[str] | None, methods: tuple[str, ...], options: Options
     ) -> Journal | nullcontext[None]:
         """Beside the output; a live module has none, for nobody knows whether it is the same."""
-        if output is None or not self._source.identity:
+        if output is None:
             return nullcontext()
         folder = Path(output).parent
         if not folder.is_dir():
             raise ConfigError(f"The scan cannot be saved as {output}: there is no folder {folder}.")
+        if Path(output).is_dir():
+            raise ConfigError(f"The scan cannot be saved as {output}: that is a folder.")
+        if not self._source.identity:
+            return nullcontext()
         return Journal(Path(f"{output}.journal"), key_of(self._source, methods, options))
 
 

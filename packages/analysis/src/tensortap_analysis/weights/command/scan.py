@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -105,7 +106,16 @@ def scan(
         target(html)
     words, workers = workers_of(model or [], parallel)
     if saved is not None:
-        scope, result = None, _loaded(saved, words)
+        given = {
+            "--methods": methods != "all",
+            "--select": select != "*",
+            "--formats": formats != ",".join(known.names()),
+            "--full-spectrum": full_spectrum,
+            "--output": output is not None,
+            "--parallel": parallel,
+        }
+        _check_saved(words, given)
+        scope, result = None, ScanResult.load(saved)
     else:
         scope, options = _opened(words), Options(_words(formats), full_spectrum)
         result = _scanned(scope, methods, select, workers, options, output)
@@ -126,10 +136,12 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
-def _loaded(saved: Path, words: list[str]) -> ScanResult:
+def _check_saved(words: list[str], given: Mapping[str, bool]) -> None:
+    """A saved scan is shown as it is; what would change it needs the weights."""
     if words:
         raise ConfigError("--from shows what was saved; give either it or a model, not both.")
-    return ScanResult.load(saved)
+    if names := [name for name, is_given in given.items() if is_given]:
+        raise ConfigError(f"--from shows what was saved: {', '.join(names)} needs the model.")
 
 
 def _opened(words: list[str]) -> Scope:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,8 @@ def _loaded(path: Path, asked: Path) -> tuple[Any, bool]:
     """What is in the file, and whether it is mapped. Runs no code from it."""
     try:
         mapped = _is_archive(path)
-        with harmless():
+        with harmless(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Advice on pickles; what is wrong is said below.
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as failure:
         raise CheckpointError(f"{asked} {_reason(failure)}") from None
