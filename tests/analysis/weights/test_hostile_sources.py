@@ -368,6 +368,13 @@ def test_a_tensor_that_repeats_few_stored_values_is_not_written_out(tmp_path):
     assert list(Scope(tmp_path / "x.pt").scan("norms")) == ["b"]
 
 
+def test_a_shape_of_no_values_takes_no_memory_however_long_it_is(tmp_path):
+    tensors = {"a.weight": tensor(0, 0, (0, 1 << 40)), "b.weight": tensor(0, 8)}
+    (tmp_path / "x.safetensors").write_bytes(header(tensors, bytes(8)))
+    assert reasons(tmp_path / "x.safetensors") == {"a.weight": "0 x 1099511627776 has no values"}
+    assert len(Scope(tmp_path / "x.safetensors").scan().facts) == 1
+
+
 @pytest.mark.parametrize("name", ["..", "../x", "a/b/c", "x\0y", "", "-"])
 def test_what_cannot_be_a_path_or_name_is_one_clear_error(tmp_path, name, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))

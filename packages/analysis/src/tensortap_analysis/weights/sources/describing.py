@@ -22,6 +22,8 @@ _TABLE = re.compile(
 )
 """Parameters of two axes that are added, multiplied one by one, or looked up."""
 _CONVOLUTION = re.compile(r"conv|patch|downsample|upsample", re.IGNORECASE)
+_LONGEST_SIDE = 1 << 24
+"""Metrics of columns take memory by their number; a shape of no values can claim any."""
 _LONGEST_KERNEL = 16
 """Three axes of which the last is no longer than this are a convolution over one axis."""
 
@@ -47,6 +49,8 @@ def _no_weight(entry: Entry) -> str | None:
     """Why these are not the values of a weight; `None` where they are."""
     if entry.dtype is None:
         return f"stored as {entry.stored or 'an unknown dtype'}, which torch does not have"
+    if not entry.numel and max(entry.shape) > _LONGEST_SIDE:
+        return f"{' x '.join(map(str, entry.shape))} has no values"
     if entry.decoded:
         return None
     word = dtype_name(entry.dtype)
