@@ -189,7 +189,10 @@ def test_the_integration_is_found_under_the_name_of_its_framework(wheels: dict[s
     assert list(wheels["tensortap-megatron"].entry_points["tensortap.layouts"]) == ["megatron-pt"]
     assert wheels["tensortap"].entry_points["console_scripts"]["tensortap"] == "tensortap.cli:main"
     commands = wheels["tensortap-analysis"].entry_points["tensortap.commands"]
-    assert sorted(commands) == ["compare", "formats", "plot", "report"]
+    assert sorted(commands) == ["compare", "diff-weights", "formats", "plot", "report", "scan"]
+    layouts = wheels["tensortap-hf"].entry_points["tensortap.layouts"]
+    assert sorted(layouts) == ["first-layer-npz", "layer-npy"]
+    assert list(wheels["tensortap-hf"].entry_points["tensortap.commands"]) == ["modes"]
     backends = wheels["tensortap-neuron"].entry_points["tensortap.backends"]
     assert sorted(backends) == ["neuron", "xla"]
 

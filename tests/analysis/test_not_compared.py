@@ -213,3 +213,12 @@ def test_a_nan_is_said_in_words(tmp_path, layers):
     said = str(found.first_divergence)
     assert said.startswith(f"{name} (step 0): NaN or infinity on one side only; first seen here")
     assert "inf" not in said.replace("infinity", "")
+
+
+def test_a_mask_of_another_shape_is_no_difference(tmp_path, layers):
+    """transformers makes one for each sequence, Megatron one for all."""
+    name = "layers.0/forward/input.attention_mask"
+    ref = run_of(tmp_path / "ref", {**layers, name: torch.zeros(2, 1, 4, 4)})
+    [run] = compare(ref, run_of(tmp_path / "run", {**layers, name: torch.zeros(1, 1, 4, 4)})).runs
+    assert run.verdict == "agree"
+    assert [one.name for one in run.of_kind("shape")] == [name]

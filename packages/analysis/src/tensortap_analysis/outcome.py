@@ -15,6 +15,7 @@ from tensortap_analysis.layers import Change, abnormal
 from tensortap_analysis.pairing import Unpaired
 from tensortap_analysis.pairs import Pair
 from tensortap_analysis.reasons import Kind
+from tensortap_analysis.rounding import is_mask
 
 Verdict = Literal["agree", "differ", "incomparable"]
 
@@ -43,7 +44,9 @@ class RunComparison:
         """
         if not self.pairs:
             return "incomparable"
-        if self.divergences or self.of_kind("shape", "conflict"):
+        apart = self.of_kind("shape", "conflict")
+        # Each framework makes masks of its own, with or without axes for batch and heads.
+        if self.divergences or any(not is_mask(one.name) for one in apart):
             return "differ"
         return "incomparable" if self.of_kind("damaged") or self.undecided else "agree"
 

@@ -77,7 +77,7 @@ def lowest_of_mask(dtype: str) -> float:
     return -largest(dtype) if wide else -math.inf
 
 
-def is_mask(name: str, dtype: str, lowest: float | None) -> bool:
+def is_mask(name: str, dtype: str = "", lowest: float | None = None) -> bool:
     """Is it a mask, by its name or because it holds the lowest number there is?"""
     return name.endswith("mask") or (lowest is not None and lowest <= lowest_of_mask(dtype))
 
