@@ -117,19 +117,20 @@ def _values(tensor: torch.Tensor) -> torch.Tensor:
 
 def _numbers(block: torch.Tensor, *, large: bool) -> torch.Tensor:
     """One column for each row of a block; `large`: its squares may leave the range of the type."""
-    finite = torch.isfinite(block)
-    ends = torch.where(finite, torch.stack([block, -block]), -math.inf).amax(2)
+    odd = ~torch.isfinite(block)
+    ends = torch.stack([block, -block]).masked_fill(odd, -math.inf).amax(2)
     unit = _unit(ends.amax(0)) if large else torch.ones_like(ends[0])
-    kept = torch.where(finite, block, 0.0)
+    kept = block.masked_fill(odd, 0.0)
     scaled = kept / unit.unsqueeze(1) if large else kept
-    origin = _origin(scaled, finite)
-    deviation = torch.where(finite, scaled - origin.unsqueeze(1), 0.0)
-    odd = (block.isnan(), block == math.inf, block == -math.inf, block == 0.0)
-    features = [*(one.to(block.dtype) for one in odd), scaled.abs(), deviation, deviation.square()]
-    return torch.cat([torch.stack(features).sum(2), ends, torch.stack([origin, unit])])
+    origin = _origin(scaled, odd)
+    deviation = (scaled - origin.unsqueeze(1)).masked_fill(odd, 0.0)
+    kinds = (block.isnan(), block == math.inf, block == -math.inf, block == 0.0)
+    counted = [kind.to(block.dtype) for kind in kinds]
+    sums = torch.stack([*counted, scaled.abs(), deviation, deviation.square()]).sum(2)
+    return torch.cat([sums, ends, torch.stack([origin, unit])])
 
 
-def _origin(scaled: torch.Tensor, finite: torch.Tensor) -> torch.Tensor:
+def _origin(scaled: torch.Tensor, odd: torch.Tensor) -> torch.Tensor:
     """What deviations are measured from.
 
     In float32 their mean. In float64 any value of the row will do, however far off: its own
@@ -137,7 +138,7 @@ def _origin(scaled: torch.Tensor, finite: torch.Tensor) -> torch.Tensor:
     """
     if scaled.dtype is torch.float64:
         return scaled[:, 0]
-    sums = torch.stack([scaled, finite.to(scaled.dtype)]).sum(2)
+    sums = torch.stack([scaled, (~odd).to(scaled.dtype)]).sum(2)
     return sums[0] / sums[1].clamp(min=1.0)
 
 
