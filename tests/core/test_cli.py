@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from importlib.metadata import entry_points
 
 import pytest
 import torch
@@ -259,3 +262,22 @@ def test_a_users_mistake_is_a_short_error_with_exit_code_2(cli, run, tmp_path, a
     code, _, err = cli(*filled)
     assert code == 2
     assert says in err
+
+
+def test_a_command_of_core_does_not_wait_for_the_commands_of_plugins(tmp_path):
+    """Some of them import much; `--help` lists them all."""
+    program = (
+        "import sys; from tensortap.cli import main\n"
+        "try: main()\n"
+        "finally: print([m for m in sys.modules if m.startswith('tensortap_')])"
+    )
+    loaded = {}
+    for word in ("show", "--help"):
+        done = subprocess.run(
+            [sys.executable, "-c", program, word],
+            capture_output=True, text=True, check=False, timeout=120, cwd=tmp_path,
+        )  # fmt: skip
+        loaded[word] = done.stdout.splitlines()[-1]
+    assert "command" not in loaded["show"]
+    plugins = {entry.value.split(":")[0] for entry in entry_points(group="tensortap.commands")}
+    assert all(f"'{module}'" in loaded["--help"] for module in plugins)

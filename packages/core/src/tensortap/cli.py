@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import typer.core
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
@@ -265,9 +266,17 @@ def _print_json(content: Any) -> None:
     sys.stdout.write(json.dumps(content, indent=2, default=str) + "\n")
 
 
-def _add_plugin_commands() -> None:
-    """Commands of other packages; a broken one stays listed and says what is wrong with it."""
-    for entry in entry_points(group="tensortap.commands"):
+def _add_plugin_commands(word: str) -> None:
+    """Commands of other packages; a broken one stays listed and says what is wrong with it.
+
+    Only what is called is loaded, by the first word of the command line: some import much.
+    """
+    own = typer.main.get_command(app)
+    if isinstance(own, typer.core.TyperGroup) and word in own.commands:
+        return
+    plugins = entry_points(group="tensortap.commands")
+    called = [entry for entry in plugins if entry.name == word]
+    for entry in called or plugins:
         try:
             command = load_plugin(entry)
         except PluginError as error:
@@ -289,7 +298,7 @@ def _broken(entry: EntryPoint, error: PluginError) -> Callable[[], None]:
 def main() -> None:
     """Entry point of the console script."""
     try:
-        _add_plugin_commands()
+        _add_plugin_commands(sys.argv[1] if len(sys.argv) > 1 else "")
         app(prog_name="tensortap")
     except (TensortapError, OSError) as error:
         _err.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
