@@ -127,8 +127,9 @@ def step_of(model: torch.nn.Module, tokens: torch.Tensor, *, training: bool) -> 
 
     def infer() -> None:
         with torch.no_grad():
-            model(tokens)
+            output = model(tokens)  # Else nobody would want it, and nothing would run.
         torch_xla.sync()
+        del output
 
     model.train(training)
     return train if training else infer
