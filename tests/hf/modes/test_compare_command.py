@@ -131,7 +131,7 @@ def test_a_missing_reference_names_the_command_that_makes_it_and_it_works(
     out = captured("2-1,2-2")
     code, _, errors = cli("modes", "compare", out)
     assert code == 2
-    assert "has no run of mode 'fp32'; it has '2-1', '2-2'" in errors
+    assert "has no run of mode 'fp32'; it has 2-1, 2-2" in errors
     command = errors.partition("This makes it: ")[2].strip()
     words = shlex.split(command)
     assert words[:3] == ["tensortap", "modes", "capture"]
@@ -290,6 +290,7 @@ def test_without_analysis_the_error_names_what_to_install(
     ("arguments", "says"),
     [
         (("--ladder", "--mode", "int8"), "leave --mode out"),
+        (("--ladder", "--reference", "int8"), "leave --reference out"),
         (("--ladder",), "modes of the family generic, which has no ladder"),
         (("--mode", "mxfp4"), "no run of mode 'mxfp4'"),
         (("--mode", "9"), "There is no mode '9'"),

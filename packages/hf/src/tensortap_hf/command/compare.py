@@ -40,7 +40,9 @@ class Compared:
 
 def compare(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `capture --out` made.")],
-    reference: Annotated[str, typer.Option(help="The mode all others are compared with.")] = "fp32",
+    reference: Annotated[
+        str | None, typer.Option(help="The mode all others are compared with; fp32 if not given.")
+    ] = None,
     mode: Annotated[
         list[str] | None, typer.Option(help="Compare only this mode; may be repeated.")
     ] = None,
@@ -58,16 +60,20 @@ def compare(
     must be bitwise equal are not, or some tensors could not be compared, 2 nothing could be done.
     """
     comparing.require_analysis()
-    if ladder and mode:
-        raise ConfigError("--ladder says by itself what is compared; leave --mode out.")
+    if ladder and (mode or reference):
+        given = "--mode" if mode else "--reference"
+        raise ConfigError(f"--ladder says by itself what is compared; leave {given} out.")
     with opened(folder) as runs:
-        wanted = _rungs(runs, folder) if ladder else _against(runs, folder, reference, mode)
+        wanted = (
+            _rungs(runs, folder) if ladder else _against(runs, folder, reference or "fp32", mode)
+        )
         for one, ref in wanted:
             comparing.require_comparable(ref, one, unrotate=unrotate)
         results = _compared(wanted, unrotate=unrotate)
         inputs = _first_inputs(runs)
         equal = equality.equalities(runs)
-    report = _report(folder, results, inputs, equal)
+    report = _report(folder / "comparisons", results, inputs, equal)
+    _keep(folder / "comparisons" / ("ladder.json" if ladder else "summary.json"), report)
     if as_json:
         printing.say_json(report)
     else:
@@ -130,17 +136,16 @@ def _first_inputs(runs: Sequence[ModeRun]) -> tuple[str, list[list[str]]] | None
 
 
 def _report(
-    folder: Path,
+    place: Path,
     results: Sequence[Compared],
     inputs: tuple[str, list[list[str]]] | None,
     equal: Sequence[equality.Equality],
 ) -> dict[str, Any]:
-    """Write everything below `comparisons/`; returns the summary, which is written as well."""
-    place = folder / "comparisons"
+    """Write each comparison into the folder `place`; returns the summary of all."""
     place.mkdir(exist_ok=True)
     for result in results:
         result.found.save(place / result.file)
-    report = {
+    return {
         "comparisons": [
             {
                 "mode": result.mode.name,
@@ -154,9 +159,10 @@ def _report(
         "first_inputs": None if inputs is None else {"tensor": inputs[0], "equal": inputs[1]},
         "equalities": [one.to_json() for one in equal],
     }
-    text = json.dumps(report, indent=2)
-    (place / "summary.json").write_text(text + "\n", encoding="utf-8")
-    return report
+
+
+def _keep(path: Path, report: dict[str, Any]) -> None:
+    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 def _print(results: Sequence[Compared], inputs: tuple[str, list[list[str]]] | None) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tensortap.errors import RunError, nearest
+from tensortap.errors import RunError
 from tensortap.store import Run, open_run
 from tensortap.store.layout import RUN
 from tensortap_hf import modes
@@ -98,11 +98,11 @@ def find(name: str, runs: Sequence[ModeRun], folder: Path) -> ModeRun:
     if of_mode:
         spelled = " or ".join(f"{one.family}/{one.mode}" for one in of_mode)
         raise RunError(f"{folder} has several runs of mode {name!r}; write {spelled}.")
-    near = nearest(name, [one.name for one in runs])
+    there = ", ".join(one.name for one in runs)
     if name.rpartition("/")[2] not in modes.names():
-        raise RunError(f"There is no mode {name!r}; {folder} has {near}.")
+        raise RunError(f"There is no mode {name!r}; {folder} has {there}.")
     raise RunError(
-        f"{folder} has no run of mode {name!r}; it has {near}. This makes it: "
+        f"{folder} has no run of mode {name!r}; it has {there}. This makes it: "
         f"{_command(name, runs, folder)}"
     )
 
