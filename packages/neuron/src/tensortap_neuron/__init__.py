@@ -1,7 +1,7 @@
-"""tensortap for AWS Neuron and XLA devices. Nothing works here yet: it adds no backend.
+"""tensortap for AWS Neuron and XLA devices.
 
-Planned: a backend that reduces and copies tensors of lazy XLA devices, and taps for compiled
-models of NxD Inference. Until then capture the same model on the CPU or a GPU.
+The backends are found by the device of a tensor: `xla` for lazy tensors of torch_xla, `neuron`
+for the native device of TorchNeuron.
 """
 
 __version__ = "0.1.0"
