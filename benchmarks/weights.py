@@ -186,7 +186,8 @@ def whole_plainly(folder: Path) -> None:
 
 def folder_table(folder: Path, layers: int, workers: int, peer: Path) -> None:
     target = gpt2_folder(folder, layers)
-    print(f"\nshapes of GPT-2, {layers} layers, all methods\n{'':32}{'s':>8}{'peak MiB':>10}")
+    print(f"\nshapes of GPT-2, {layers} layers, all methods")
+    print(f"{'':32}{'s':>8}{'CPU s':>8}{'peak MiB':>10}")
     for name, lane in (
         (f"tensortap, {workers} workers", f"scan{workers}"), ("tensortap, 1 worker", "scan1"),
         ("plain torch, no block formats", "plain"),
@@ -202,25 +203,26 @@ def folder_table(folder: Path, layers: int, workers: int, peer: Path) -> None:
         return
     found = json.loads(done.stdout.splitlines()[-1])
     label = f"weightwatcher {found['version']}, {found['layers']} layers"
-    print(f"{label:32}{found['seconds']:8.1f}{found['peak_mib']:10.0f}")
+    cells = f"{found['seconds']:8.1f}{found['cpu_seconds']:8.1f}{found['peak_mib']:10.0f}"
+    print(f"{label:32}{cells}")
 
 
 def in_process(target: Path, lane: str) -> str:
-    """Seconds and peak memory of a process of its own."""
+    """Seconds, seconds of CPU time and peak memory of a process of its own."""
     command = [sys.executable, str(HERE / "weights.py"), "--lane", lane, "--scratch", str(target)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    seconds, peak = done.stdout.split()[-2:]
-    return f"{float(seconds):8.1f}{float(peak):10.0f}"
+    seconds, busy, peak = done.stdout.split()[-3:]
+    return f"{float(seconds):8.1f}{float(busy):8.1f}{float(peak):10.0f}"
 
 
 def run_lane(lane: str, target: Path) -> None:
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), time.process_time()
     if lane == "plain":
         whole_plainly(target)
     else:
         scan(target, METHODS, True, int(lane.removeprefix("scan")))()
-    spent = time.perf_counter() - start
-    print(spent, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    spent, busy = time.perf_counter() - start, time.process_time() - busy
+    print(spent, busy, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
 def main() -> None:
