@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 import warnings
 from dataclasses import dataclass
 
@@ -14,6 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 import tensortap
+from tensortap.backends import for_device
 from tensortap.stats import statistics
 
 pytestmark = pytest.mark.xla
@@ -366,6 +369,33 @@ def test_an_evaluation_between_training_steps_runs_once_before_it_is_read(xla):
     assert costs == [1, 1, 1, 1]
     records = [record.at for record, _ in sink.find("root/forward/output")]
     assert [at.eval for at in records] == [False, True, False, True]
+
+
+def test_processes_that_torch_xla_launched_are_ranks(xla, monkeypatch):
+    model = xla.put(nn.Linear(2, 2))
+    backend = for_device(xla.device)
+    assert backend.place() == (0, 1)
+    monkeypatch.setattr(backend._runtime._runtime, "process_index", lambda: 2)
+    monkeypatch.setattr(backend._runtime._runtime, "process_count", lambda: 4)
+    sink = tensortap.MemorySink()
+    with torch.no_grad(), tensortap.attach(model, sink):
+        model(torch.ones(1, 2, device=xla.device))
+    assert (sink.run.rank, sink.run.world_size) == (2, 4)
+    assert {record.at.rank for record in sink.records} == {2}
+
+
+def test_the_last_step_is_written_at_exit_without_detach_or_synchronisation(xla, tmp_path):
+    program = (
+        "import torch, torch_xla, tensortap\n"
+        "model = torch.nn.Linear(4, 4).to('xla')\n"
+        f"tensortap.attach(model, {str(tmp_path / 'run')!r}, values='full')\n"
+        "model(torch.ones(2, 4, device='xla')).sum().backward()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    run = tensortap.open_run(tmp_path / "run")
+    assert run.coverage()["complete"]
+    assert torch.equal(run.tensor("root/grad/bias", step=0), torch.full((4,), 2.0))
 
 
 def test_versions_of_torch_xla_are_in_the_run(xla):

@@ -84,6 +84,9 @@ class LazyBackend(DeferredBackend, Protocol):
     def runs(self) -> int:
         """How many graphs this process has run, those that a read of a value caused included."""
 
+    def place(self) -> tuple[int, int]:
+        """Rank and world size, asked for where neither torch.distributed nor a launcher tells."""
+
     def refuse(self) -> str | None:
         """Why nothing worth keeping can be captured in this process, or `None`."""
 

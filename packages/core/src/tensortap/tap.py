@@ -74,11 +74,14 @@ def attach(
     default: Values = sink.default_values if isinstance(sink, PayloadSink) else "stats"
     settings = Settings.resolve(options, values=default)
     tap = Tap(settings)
+    lazy = lazily_run(model) if settings.enabled else []
     rank, world = rank_and_world()
+    if world == 1 and lazy:  # A launcher of their own may have started others.
+        rank, world = lazy[0].place()
     if settings.enabled and not any(number in settings.ranks for number in range(world)):
         said = f"ranks={settings.ranks.text!r}, but the ranks are 0 to {world - 1}"
         warnings.warn(f"{said}: nothing is captured.", CaptureWarning, stacklevel=2)
-    if settings.enabled and (rank in settings.ranks or lazily_run(model)):
+    if settings.enabled and (rank in settings.ranks or lazy):
         roots = [unwrap(module) for module in modules_to_tap(model)]
         with Undo() as undo:
             tap._install(roots, sink, (rank, world), undo)

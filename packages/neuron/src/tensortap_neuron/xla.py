@@ -36,6 +36,10 @@ class XlaBackend:
         self._told = False
         self._lock = threading.RLock()
 
+    def place(self) -> tuple[int, int]:
+        """Which process this is among those of `torch_xla.launch`, or of the hosts of an SPMD job."""
+        return self._runtime.place()
+
     def refuse(self) -> str | None:
         """Graph extraction runs stubs: every value would be a zero that looks like a result."""
         if os.environ.get("NEURON_EXTRACT_GRAPHS_ONLY", "0") in ("", "0"):

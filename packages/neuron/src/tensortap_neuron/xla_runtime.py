@@ -105,6 +105,10 @@ class Runtime:
         """Call back once, after the user's next `torch_xla.sync()`."""
         self._model.add_step_closure(call)
 
+    def place(self) -> tuple[int, int]:
+        """Which process this is, and of how many."""
+        return self._runtime.process_index(), self._runtime.process_count()
+
     def has_float64(self) -> bool:
         """Does the device compute in float64? Neuron and TPU do it in less, without a word."""
         return self._runtime.device_type() in ("CPU", "CUDA", "ROCM")
