@@ -37,7 +37,7 @@ class XlaBackend:
         self._lock = threading.RLock()
 
     def place(self) -> tuple[int, int]:
-        """Which process this is among those of `torch_xla.launch`, or of the hosts of an SPMD job."""
+        """Which process this is, of those of `torch_xla.launch` or of the hosts of an SPMD job."""
         return self._runtime.place()
 
     def refuse(self) -> str | None:
