@@ -42,7 +42,8 @@ def lazily_run(model: Any) -> list[LazyBackend]:
         tensor
         for module in models
         if isinstance(module, nn.Module)
-        for tensor in (*module.parameters(), *module.buffers())
+        # Megatron's DistributedDataParallel has an attribute called `buffers`.
+        for tensor in (*nn.Module.parameters(module), *nn.Module.buffers(module))
     )
     return lazy_backends({tensor.device for tensor in tensors})
 
