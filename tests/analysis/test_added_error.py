@@ -14,7 +14,8 @@ from torch import nn
 
 import tensortap
 from tensortap.formats import get
-from tensortap_analysis import Comparison, compare, products
+from tensortap_analysis import Comparison, compare
+from tensortap_analysis.divergence import products
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.xdist_group("analysis-added-error")

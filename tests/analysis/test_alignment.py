@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tensortap_analysis.alignment import Alignment, align
+from tensortap_analysis.pairs.alignment import Alignment, align
 
 
 def read(tensor):

@@ -14,8 +14,8 @@ from tests.analysis.small_runs import PlainMlp, capture_plain, noisy_output
 from tests.core.store.building import info, record, write_run
 
 from tensortap_analysis import compare
+from tensortap_analysis.comparison.tables import tensors
 from tensortap_analysis.rendering import likeness
-from tensortap_analysis.tables import tensors
 
 
 @pytest.fixture

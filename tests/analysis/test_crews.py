@@ -12,7 +12,7 @@ from tests.core.store.building import record, write_run
 from tensortap.stats import statistics
 from tensortap.store.rank_reader import RankReader
 from tensortap_analysis import compare
-from tensortap_analysis.crews import ALONE, Crew
+from tensortap_analysis.measuring.crews import ALONE, Crew
 
 LARGE = 1 << 20
 

@@ -14,7 +14,7 @@ from tensortap import open_run
 from tensortap.records import RunInfo
 from tensortap.store import RunDirectorySink
 from tensortap_analysis import compare
-from tensortap_analysis.moments import captured, catalogue
+from tensortap_analysis.captured.moments import captured, catalogue
 
 STRETCHES = {"two stages": ([0, 1, 2], [3, 4, 5]), "interleaved": ([0, 2, 4], [1, 3, 5])}
 

@@ -10,12 +10,12 @@ import torch
 
 from tensortap import stats
 from tensortap.errors import ConfigError
-from tensortap_analysis.bounds import bounds_of, said
-from tensortap_analysis.chance import rms_ratio
+from tensortap_analysis.captured.moments import Moment
+from tensortap_analysis.judging.chance import rms_ratio
+from tensortap_analysis.judging.presets import PRESETS, judged, preset
+from tensortap_analysis.measuring.bounds import bounds_of, said
 from tensortap_analysis.metrics import measure_tensors
-from tensortap_analysis.moments import Moment
-from tensortap_analysis.pairs import Half, Pair
-from tensortap_analysis.presets import PRESETS, judged, preset
+from tensortap_analysis.pairs.pair import Half, Pair
 
 NAME = "layers.0/forward/output"
 

@@ -17,6 +17,7 @@ import tensortap
 from tensortap import open_run
 from tensortap.names import TensorName
 from tensortap.stats import statistics
+from tensortap_analysis.captured.words import family_of, kind_of, layer_of
 from tensortap_analysis.plots import attention, gradients, text
 from tensortap_analysis.plots.files import picture
 from tensortap_analysis.plots.gallery import plot
@@ -24,7 +25,6 @@ from tensortap_analysis.plots.quick import Magnitudes
 from tensortap_analysis.plots.samples import Sample, sample, sheet
 from tensortap_analysis.plots.selecting import at_moments, latest
 from tensortap_analysis.plots.survey import nothing_finite, survey, worst
-from tensortap_analysis.words import family_of, kind_of, layer_of
 
 FOLDERS = {
     "attention_maps", "comparisons", "distributions", "gradients", "heatmaps", "layers",

@@ -6,7 +6,8 @@ import pytest
 import torch
 from tests.core.store.building import record, write_run
 
-from tensortap_analysis import compare, products
+from tensortap_analysis import compare
+from tensortap_analysis.divergence import products
 
 
 def passed_of(tmp_path, ref, run, **fields):

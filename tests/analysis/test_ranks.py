@@ -13,7 +13,7 @@ from tests.core.store.building import info, record, write_run
 from tensortap import Part, Placement, open_run
 from tensortap.errors import SelectionError
 from tensortap.stats import statistics
-from tensortap_analysis.moments import captured
+from tensortap_analysis.captured.moments import captured
 from tensortap_analysis.plots.gallery import plot
 from tensortap_analysis.plots.samples import sample
 from tensortap_analysis.plots.selecting import at_moments, latest

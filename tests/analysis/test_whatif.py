@@ -20,7 +20,7 @@ from tensortap.errors import ConfigError
 from tensortap.names import TensorName
 from tensortap.records import Coordinates, Placement, RunInfo, TensorRecord
 from tensortap.stats import statistics
-from tensortap_analysis.boxes import boxes
+from tensortap_analysis.measuring.boxes import boxes
 from tensortap_analysis.whatif import expected, judging, what_if
 from tensortap_analysis.whatif.estimate import estimate
 from tensortap_analysis.whatif.judging import FORMATS

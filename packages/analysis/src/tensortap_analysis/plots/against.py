@@ -11,15 +11,15 @@ import torch
 
 from tensortap.store import Run
 from tensortap.tables import grouped
-from tensortap_analysis.examining import examine
-from tensortap_analysis.moments import Captured, Catalogue, catalogue
-from tensortap_analysis.pairing import Match
-from tensortap_analysis.pairing import pair as paired
+from tensortap_analysis.captured.moments import Captured, Catalogue, catalogue
+from tensortap_analysis.measuring.examining import examine
+from tensortap_analysis.pairs.pairing import Match
+from tensortap_analysis.pairs.pairing import pair as paired
+from tensortap_analysis.pairs.reasons import NotComparable
 from tensortap_analysis.plots import comparisons
 from tensortap_analysis.plots.drawing import Drawing, title
 from tensortap_analysis.plots.pairs import pair
 from tensortap_analysis.plots.samples import ordinal
-from tensortap_analysis.reasons import NotComparable
 from tensortap_analysis.whatif.judging import contraction_axis
 
 _PAIRS, _ALL = 1 << 14, 1 << 20

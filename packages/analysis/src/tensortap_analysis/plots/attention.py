@@ -14,9 +14,9 @@ from matplotlib.colors import PowerNorm
 
 from tensortap.errors import RunError
 from tensortap.store import Run
-from tensortap_analysis.moments import Captured
+from tensortap_analysis.captured.moments import Captured
+from tensortap_analysis.captured.words import axes_of
 from tensortap_analysis.plots.style import figure, save
-from tensortap_analysis.words import axes_of
 
 HEADS, TOKENS = 16, 256
 

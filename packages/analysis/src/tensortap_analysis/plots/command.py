@@ -53,8 +53,8 @@ def plot(
     2 when none could.
     """
     # Every `tensortap` command loads this file, and matplotlib takes half a second.
+    from tensortap_analysis.captured.sources import opened
     from tensortap_analysis.plots.gallery import plot as draw
-    from tensortap_analysis.sources import opened
 
     with ExitStack() as stack:
         shown = stack.enter_context(opened(run, layout))

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.ticker import MaxNLocator
 
+from tensortap_analysis.captured.words import family_of, layer_of
 from tensortap_analysis.metrics import measure_tensors
 from tensortap_analysis.plots.pairs import Pair
 from tensortap_analysis.plots.style import (
@@ -30,7 +31,6 @@ from tensortap_analysis.plots.style import (
 )
 from tensortap_analysis.whatif.rounding import Values as Rounded
 from tensortap_analysis.whatif.rounding import codec_of, tally
-from tensortap_analysis.words import family_of, layer_of
 
 FORMATS = ("hifp8", "mxfp8", "mxfp4", "nvfp4", "int8")
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from tensortap.errors import NotSupported, RunError
 from tensortap.store import Run
-from tensortap_analysis.moments import Captured
+from tensortap_analysis.captured.moments import Captured
+from tensortap_analysis.captured.words import format_of
 from tensortap_analysis.plots.files import picture
 from tensortap_analysis.plots.survey import Survey
-from tensortap_analysis.words import format_of
 
 Progress = Callable[[str], None]
 """Called with what is drawn next."""

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 
+from tensortap_analysis.captured.words import family_of, layer_of
 from tensortap_analysis.plots.grids import ROWS, Grid, by_depth, paint
 from tensortap_analysis.plots.samples import Sample
 from tensortap_analysis.plots.style import (
@@ -29,7 +30,6 @@ from tensortap_analysis.plots.style import (
     say,
 )
 from tensortap_analysis.plots.survey import Survey
-from tensortap_analysis.words import family_of, layer_of
 
 FACTOR = 100.0
 """How far from its family's median a gradient vanishes or explodes."""

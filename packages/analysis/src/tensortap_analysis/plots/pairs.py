@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tensortap_analysis.alignment import align
-from tensortap_analysis.moments import Captured
+from tensortap_analysis.captured.moments import Captured
+from tensortap_analysis.pairs.alignment import align
+from tensortap_analysis.pairs.reasons import NotComparable
 from tensortap_analysis.plots.samples import numbers, ordinal, wide
 from tensortap_analysis.plots.style import Floats
-from tensortap_analysis.reasons import NotComparable
 
 _BOX = 1 << 20
 

@@ -10,8 +10,8 @@ import torch
 
 from tensortap.errors import NotSupported
 from tensortap.store.logical import LogicalTensor
-from tensortap_analysis.boxes import boxes
-from tensortap_analysis.moments import Captured
+from tensortap_analysis.captured.moments import Captured
+from tensortap_analysis.measuring.boxes import boxes
 from tensortap_analysis.plots.style import Floats
 
 _BOX = 1 << 22

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from tensortap.selection import Selection
 from tensortap.store import Run
-from tensortap_analysis.moments import Captured, moments_of, selected_parts
+from tensortap_analysis.captured.moments import Captured, moments_of, selected_parts
 from tensortap_analysis.plots.survey import Survey
 
 At = list[tuple[str, int]]

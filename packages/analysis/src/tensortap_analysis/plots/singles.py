@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 
-from tensortap_analysis.moments import Captured
+from tensortap_analysis.captured.moments import Captured
+from tensortap_analysis.captured.words import axes_of, family_of, layer_of
 from tensortap_analysis.plots import distributions, heatmaps, layers
 from tensortap_analysis.plots.drawing import Drawing, title
 from tensortap_analysis.plots.samples import Sample, Sheet, image_of, numbers, sample, sheet, wide
-from tensortap_analysis.words import axes_of, family_of, layer_of
 
 
 def draw_singles(drawing: Drawing, tensors: Mapping[str, Captured]) -> None:

@@ -9,10 +9,10 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from tensortap.names import PHASES
+from tensortap_analysis.captured.words import family_of, layer_of
 from tensortap_analysis.plots.grids import ROWS, Grid, by_depth, paint
 from tensortap_analysis.plots.style import COLOURS, Floats, few_ticks, figure, save
 from tensortap_analysis.plots.survey import Survey
-from tensortap_analysis.words import family_of, layer_of
 
 _PANELS = (("mean", True), ("std", False), ("absmax", False), ("outliers", False))
 _TITLES = {"outliers": "max |x - mean| / std"}

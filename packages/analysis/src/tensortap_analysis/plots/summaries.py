@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from tensortap_analysis.captured.words import format_of
 from tensortap_analysis.plots import gradients, quick, statistics, text
 from tensortap_analysis.plots.drawing import Drawing
 from tensortap_analysis.plots.samples import Sample, sample
-from tensortap_analysis.words import format_of
 
 _ALL = 1 << 12
 """Values of each tensor in pictures of all tensors."""

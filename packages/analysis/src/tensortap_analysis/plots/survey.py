@@ -12,9 +12,9 @@ import numpy.typing as npt
 from tensortap.store import Run, Table
 from tensortap.store.lookup import dp_rank_of
 from tensortap.store.rows import STATISTICS
-from tensortap_analysis.moments import place_of
+from tensortap_analysis.captured.moments import place_of
+from tensortap_analysis.judging.rounding import eps, lowest_of_mask
 from tensortap_analysis.plots.style import Floats
-from tensortap_analysis.rounding import eps, lowest_of_mask
 
 Numbers = npt.NDArray[np.int64]
 

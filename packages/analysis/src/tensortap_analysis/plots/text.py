@@ -10,9 +10,9 @@ import numpy as np
 
 from tensortap.names import TensorName
 from tensortap.store import Run
+from tensortap_analysis.captured.words import kind_of
 from tensortap_analysis.plots.style import Floats
 from tensortap_analysis.plots.survey import Survey
-from tensortap_analysis.words import kind_of
 
 Shares = Mapping[str, Counter[str]]
 

@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 import plotly.graph_objects as go
 
 from tensortap.tables import grouped
-from tensortap_analysis.comparison import Comparison, RunComparison
-from tensortap_analysis.pairs import Pair
-from tensortap_analysis.presets import Judgement
+from tensortap_analysis.captured.words import layer_of
+from tensortap_analysis.comparison.result import Comparison, RunComparison
+from tensortap_analysis.judging.presets import Judgement
+from tensortap_analysis.pairs.pair import Pair
 from tensortap_analysis.report.figures import (
     COLOURS,
     Chart,
@@ -24,7 +25,6 @@ from tensortap_analysis.report.figures import (
 )
 from tensortap_analysis.report.grids import grid
 from tensortap_analysis.report.markup import Html, join, listing, tag
-from tensortap_analysis.words import layer_of
 
 _POINTS = 2000
 _GRIDS = 4

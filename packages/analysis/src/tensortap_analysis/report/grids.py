@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 import plotly.graph_objects as go
 
+from tensortap_analysis.captured.words import family_of, layer_of
 from tensortap_analysis.report.figures import SCALE, figure, hover, short
-from tensortap_analysis.words import family_of, layer_of
 
 FAMILIES = 40
 """Most rows of a grid."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import plotly.graph_objects as go
 
+from tensortap_analysis.captured.words import layer_of
 from tensortap_analysis.report.figures import (
     COLOURS,
     Chart,
@@ -21,7 +22,6 @@ from tensortap_analysis.report.figures import (
 from tensortap_analysis.report.grids import grid
 from tensortap_analysis.report.markup import Html, join
 from tensortap_analysis.report.views import View
-from tensortap_analysis.words import layer_of
 
 _PHASES = {"forward": "solid", "backward": "dash", "grad": "dot", "param": "dashdot"}
 _RUNS = 6

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import tensortap
-from tensortap_analysis.comparison import Comparison
+from tensortap_analysis.comparison.result import Comparison
 from tensortap_analysis.report import (
     coverage,
     divergence,

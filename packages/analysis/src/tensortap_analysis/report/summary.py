@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from tensortap_analysis.comparison import Comparison, RunComparison
-from tensortap_analysis.presets import preset
+from tensortap_analysis.comparison.result import Comparison, RunComparison
+from tensortap_analysis.comparison.tables import cell, run_rows
+from tensortap_analysis.judging.presets import preset
 from tensortap_analysis.report.markup import Html, join, listing, tag
 from tensortap_analysis.report.views import View
-from tensortap_analysis.tables import cell, run_rows
 
 _VERDICTS = {
     "agree": ("good", "agrees"),

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tensortap_analysis.comparison import Comparison
+from tensortap_analysis.comparison.result import Comparison
+from tensortap_analysis.comparison.tables import Row, tensor_rows
 from tensortap_analysis.report.markup import Html, join, tag
 from tensortap_analysis.report.searching import Column, searched
 from tensortap_analysis.report.views import View
-from tensortap_analysis.tables import Row, tensor_rows
 
 _COMPARED: tuple[Column, ...] = (
     ("tensor", "tensor", "Canonical name"),

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from tensortap.errors import ConfigError, RunError
 from tensortap.selection import Selection
-from tensortap_analysis.comparing import compare
-from tensortap_analysis.comparison import Comparison
+from tensortap_analysis.captured.sources import Source, label, opened
+from tensortap_analysis.comparison.comparing import compare
+from tensortap_analysis.comparison.result import Comparison
+from tensortap_analysis.judging.presets import preset as known_preset
 from tensortap_analysis.outputs import require_writable
-from tensortap_analysis.presets import preset as known_preset
 from tensortap_analysis.report.page import page
 from tensortap_analysis.report.views import View, labels, view
-from tensortap_analysis.sources import Source, label, opened
 
 ROWS = 5000
 """Rows of the table of tensors, unless told."""

@@ -16,16 +16,16 @@ from tensortap.records import Statistics, TensorRecord
 from tensortap.stats import statistics
 from tensortap.store import Run
 from tensortap.store.logical import LogicalTensor
-from tensortap_analysis.boxes import boxes
-from tensortap_analysis.merging import merged
-from tensortap_analysis.moments import Captured, captured
+from tensortap_analysis.captured.moments import Captured, captured
+from tensortap_analysis.captured.sources import Source, label, opened
+from tensortap_analysis.captured.words import axes_of
+from tensortap_analysis.judging.rounding import is_mask
+from tensortap_analysis.measuring.boxes import boxes
+from tensortap_analysis.measuring.merging import merged
+from tensortap_analysis.pairs.reasons import NotComparable
 from tensortap_analysis.progress import unmatched
-from tensortap_analysis.reasons import NotComparable
-from tensortap_analysis.rounding import is_mask
-from tensortap_analysis.sources import Source, label, opened
 from tensortap_analysis.whatif.estimate import estimate
 from tensortap_analysis.whatif.rounding import Tally, Values, codec_of, scaled_as_a_whole, tally
-from tensortap_analysis.words import axes_of
 
 FORMATS = ("hifp8", "mxfp8", "mxfp4", "nvfp4", "int8")
 Basis = Literal["values", "exponents"]

@@ -93,9 +93,9 @@ class Side:
 
 def compare(ref: ModeRun, other: ModeRun, progress: Progress, *, unrotate: bool) -> Comparison:
     """All tensors of `other` against those of `ref`, judged by the preset `classic`."""
-    from tensortap_analysis.comparison import Comparison, RunComparison, judged_again
-    from tensortap_analysis.facts import facts_of
-    from tensortap_analysis.pairing import Unpaired
+    from tensortap_analysis.captured.facts import facts_of
+    from tensortap_analysis.comparison.result import Comparison, RunComparison, judged_again
+    from tensortap_analysis.pairs.pairing import Unpaired
 
     apart = unrotate and ref.basis != other.basis
     sides = Side(ref, apart), Side(other, apart)
@@ -122,8 +122,8 @@ def _in_order(one: ModeRun) -> list[str]:
 
 def _tried(name: str, order: int, ref: Side, other: Side) -> Pair | Unpaired:
     """Both tensors, or why they cannot be compared."""
-    from tensortap_analysis.pairing import Unpaired
-    from tensortap_analysis.reasons import NotComparable, kind_of
+    from tensortap_analysis.pairs.pairing import Unpaired
+    from tensortap_analysis.pairs.reasons import NotComparable, kind_of
 
     try:
         return _pair(name, order, ref, other)
@@ -135,9 +135,9 @@ def _tried(name: str, order: int, ref: Side, other: Side) -> Pair | Unpaired:
 
 def _pair(name: str, order: int, ref: Side, other: Side) -> Pair:
     """Both tensors, their samples one after the other; raises `NotComparable`."""
+    from tensortap_analysis.captured.moments import Moment
     from tensortap_analysis.metrics import measure
-    from tensortap_analysis.moments import Moment
-    from tensortap_analysis.pairs import Half, Pair
+    from tensortap_analysis.pairs.pair import Half, Pair
 
     both = _samples(name, ref, other)
 
@@ -153,7 +153,7 @@ def _pair(name: str, order: int, ref: Side, other: Side) -> Pair:
 
 def _samples(name: str, ref: Side, other: Side) -> list[tuple[TensorRecord, TensorRecord]]:
     """The records of both, sample by sample; raises `NotComparable`."""
-    from tensortap_analysis.reasons import NotComparable
+    from tensortap_analysis.pairs.reasons import NotComparable
 
     obstacle = ref.obstacle(name) or other.obstacle(name)
     if obstacle is not None:

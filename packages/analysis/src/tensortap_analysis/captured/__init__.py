@@ -1,0 +1,1 @@
+"""Captured runs as analysis reads them: their tensors in execution order, and their own words."""

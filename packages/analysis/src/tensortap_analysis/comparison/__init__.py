@@ -1,0 +1,1 @@
+"""`compare` and its command: what was found, judged, saved and told."""

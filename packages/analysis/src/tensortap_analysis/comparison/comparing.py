@@ -1,0 +1,153 @@
+"""`compare`: one or more runs against a reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from itertools import count
+
+from tensortap.errors import ConfigError
+from tensortap_analysis.captured.facts import facts_of
+from tensortap_analysis.captured.moments import Catalogue, Moment, catalogue
+from tensortap_analysis.captured.sources import Source, label, opened
+from tensortap_analysis.comparison.mistakes import (
+    dead_patterns,
+    lost,
+    require_noise_of_its_own,
+    require_step,
+)
+from tensortap_analysis.comparison.result import Comparison, RunComparison, judged_again
+from tensortap_analysis.divergence.products import with_products
+from tensortap_analysis.judging.presets import preset as known_preset
+from tensortap_analysis.measuring.crews import Crew
+from tensortap_analysis.measuring.examining import BLOCK, examine
+from tensortap_analysis.measuring.layers import changes
+from tensortap_analysis.pairs.pair import Pair
+from tensortap_analysis.pairs.pairing import Match, Pairing, Partners, Unpaired, gathered, pair
+from tensortap_analysis.pairs.reasons import NotComparable
+
+Progress = Callable[[int, int], None]
+"""Called with the number of tensors compared so far, and of those there are."""
+
+
+def compare(
+    ref: Source,
+    *runs: Source,
+    noise: Source | None = None,
+    preset: str = "noise",
+    thresholds: Mapping[str, float] | None = None,
+    select: str | Iterable[str] = "*",
+    step: int | None = None,
+    block: int = BLOCK,
+    progress: Progress = lambda done, total: None,
+) -> Comparison:
+    """Compare runs with a reference, tensor by tensor; nothing is dropped silently.
+
+    A run is a directory, an open `Run`, or a folder in any layout that can be imported. `noise` is
+    a second reference whose difference from `ref` must be accepted (the same in bf16 on a trusted
+    device, or a repeat with another seed). `preset` and `thresholds` judge; what was measured does
+    not depend on them. `block` elements of each side are in memory at once, shared by the tensors
+    that are compared at the same time, on torch's threads. Raises `RunError` where a run cannot
+    be opened, `SelectionError` and `ConfigError` for what cannot be asked.
+    """
+    if not runs:
+        raise ConfigError("compare needs a reference and at least one run.")
+    known_preset(preset, thresholds)
+    require_noise_of_its_own(runs, noise)
+    with ExitStack() as stack:
+
+        def listed(source: Source) -> Catalogue:
+            run = stack.enter_context(opened(source))
+            require_step(run, label(source), step)
+            return catalogue(run, select, step=step)
+
+        reference = listed(ref)
+        reference.require_something(select)
+        second = listed(noise) if noise is not None else None
+        others = [listed(run) for run in runs]
+        work = _Work(reference, second, block)
+        found = work.compare(others, [label(run) for run in runs], progress)
+        about = facts_of(reference.run, label(ref))
+        accepted = facts_of(second.run, label(noise)) if second and noise is not None else None
+        remarks = tuple(dead_patterns(select, [reference, *others]))
+        measured = Comparison(about, tuple(found), accepted, preset, remarks=remarks)
+        return judged_again(measured, thresholds or {})
+
+
+class _Work:
+    """The passes over tensors; what the noise run differs by is measured once for all runs."""
+
+    def __init__(self, ref: Catalogue, noise: Catalogue | None, block: int) -> None:
+        self._ref = ref
+        self._noise = noise
+        self._block = block
+        self._noisy = None if noise is None else Partners(ref, noise)
+        self._measured: dict[tuple[str, Moment], Pair | None] = {}
+
+    def compare(
+        self, others: list[Catalogue], paths: list[str], progress: Progress
+    ) -> list[RunComparison]:
+        pairings = [pair(self._ref, other) for other in others]
+        total = sum(len(pairing.matches) for pairing in pairings)
+        done = count(1)
+        return [
+            self._compared(other, path, pairing, lambda: progress(next(done), total))
+            for other, path, pairing in zip(others, paths, pairings, strict=True)
+        ]
+
+    def _compared(
+        self, other: Catalogue, path: str, pairing: Pairing, tick: Callable[[], None]
+    ) -> RunComparison:
+        matches = pairing.matches
+        crew = Crew.for_tensors(len(matches), _typical_bytes(matches, self._ref))
+        pairs, failed, same = [], [], []
+        outcomes = crew.each(lambda match: self._outcome(match, other, crew), matches)
+        for match, outcome in zip(matches, outcomes, strict=True):
+            tick()
+            if isinstance(outcome, Pair):
+                pairs.append(outcome)
+                same.append(match)
+            else:
+                failed.append(outcome)
+        moved = changes(same, self._ref, other, block=self._block // crew.workers, crew=crew)
+        about = facts_of(other.run, path)
+        unpaired = (
+            *gathered(failed),
+            *lost(pairing.unpaired, self._ref.run.problems, about.problems),
+        )
+        told = with_products(pairs, same, self._ref, other, crew=crew)
+        return RunComparison(about, tuple(told), unpaired, tuple(moved))
+
+    def _outcome(self, match: Match, other: Catalogue, crew: Crew) -> Pair | Unpaired:
+        try:
+            return self._examined(match, other, crew).with_noise(self._noise_of(match, crew))
+        except NotComparable as reason:
+            return Unpaired(match.name, "both", str(reason), kind=reason.kind)
+
+    def _examined(self, match: Match, other: Catalogue, crew: Crew) -> Pair:
+        block = self._block // crew.workers
+        return examine(match, self._ref, other, block=block, threads=crew.threads)
+
+    def _noise_of(self, match: Match, crew: Crew) -> Pair | None:
+        key = (match.name, match.ref)
+        if key not in self._measured:
+            self._measured[key] = self._measure_noise(match, crew)
+        return self._measured[key]
+
+    def _measure_noise(self, match: Match, crew: Crew) -> Pair | None:
+        noisy = self._noisy.of(match) if self._noisy is not None else None
+        if noisy is None or self._noise is None:
+            return None
+        try:
+            return self._examined(noisy, self._noise, crew)
+        except NotComparable:
+            return None  # such tensors are counted by `noise_warnings`
+
+
+def _typical_bytes(matches: Sequence[Match], ref: Catalogue) -> float:
+    """The mean size of a few of the tensors, evenly spread; 0 for statistics."""
+    some = matches[:: max(1, len(matches) // _SAMPLES)]
+    return sum(ref.moments[match.ref].nbytes for match in some) / max(len(some), 1)
+
+
+_SAMPLES = 16

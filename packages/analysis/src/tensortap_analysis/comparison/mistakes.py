@@ -1,0 +1,55 @@
+"""What can be wrong with what is asked of a comparison, found before it takes any time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from tensortap.errors import ConfigError, RunError
+from tensortap.selection import Selection
+from tensortap.store import Run
+from tensortap_analysis.captured.moments import Catalogue
+from tensortap_analysis.captured.sources import Source, label
+from tensortap_analysis.pairs.pairing import Unpaired
+
+
+def require_noise_of_its_own(runs: Sequence[Source], noise: Source | None) -> None:
+    """Raise `ConfigError` where the only run is its own noise run, by which it always agrees."""
+    if noise is None or len(runs) != 1:
+        return
+    if Path(label(noise)).resolve() == Path(label(runs[0])).resolve():
+        raise ConfigError(
+            f"The noise run {label(noise)} is the run that it is to judge: every error would be "
+            "accepted. Give another run of what one must accept, or leave --noise out."
+        )
+
+
+def require_step(run: Run, path: str, step: int | None) -> None:
+    """Raise `RunError`, with the steps there are, where a run has none of this number."""
+    if step is not None and step not in run.steps:
+        raise RunError(f"{path} has no step {step}; it has {spelled(run.steps)}.")
+
+
+def spelled(steps: Sequence[int]) -> str:
+    """`steps 0, 1, 2, …`, or that there are none."""
+    if not steps:
+        return "no steps"
+    words = ", ".join(map(str, steps[:8])) + (", …" if len(steps) > 8 else "")
+    return f"step {words}" if len(steps) == 1 else f"steps {words}"
+
+
+def dead_patterns(select: str | Iterable[str], sides: Sequence[Catalogue]) -> Iterator[str]:
+    """A sentence for each pattern of a selection that matches nothing in any run."""
+    names = {name for side in sides for name in (*side.run.names(), *side.run.part_names())}
+    for pattern in Selection.parse(select).dead(names, ()):
+        yield f"The pattern {pattern!r} of the selection matches nothing in any of the runs."
+
+
+def lost(
+    unpaired: Iterable[Unpaired], of_ref: Sequence[str], of_run: Sequence[str]
+) -> Iterator[Unpaired]:
+    """What an incomplete run lacks was captured perhaps, and is lost: nobody can say it agrees."""
+    incomplete = {"run": bool(of_ref), "ref": bool(of_run)}
+    for one in unpaired:
+        yield replace(one, kind="damaged") if incomplete.get(one.where) else one

@@ -1,0 +1,1 @@
+"""Where two runs part: errors a layer adds, told from those that it inherits."""

@@ -1,0 +1,1 @@
+"""Whether a measured difference is more than what must be accepted."""

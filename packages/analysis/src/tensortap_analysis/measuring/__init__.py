@@ -1,0 +1,1 @@
+"""Measuring a pair: values where both runs have them, else samples, else statistics."""
