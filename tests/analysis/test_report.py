@@ -20,6 +20,9 @@ from tensortap.cli import main
 from tensortap.errors import ConfigError, RunError, SelectionError
 from tensortap.records import decode_float
 from tensortap_analysis import compare
+from tensortap_analysis.captured import sources
+from tensortap_analysis.comparison.tables import LAYERS, first_layers
+from tensortap_analysis.rendering import cell
 from tensortap_analysis.report import write_report
 from tensortap_analysis.report.figures import drawn, hover, logarithmic, whole
 from tensortap_analysis.report.markup import data_block, tag
@@ -106,6 +109,26 @@ def test_the_chart_by_depth_shows_the_worst_error_of_each_layer(runs, tmp_path):
     assert forward["y"][:2] == [None, None]
 
 
+def test_what_goes_into_each_layer_and_what_it_adds_is_a_table(runs, tmp_path):
+    write_report(tmp_path / "r.html", runs / "ref", runs / "up")
+    words = Page(tmp_path / "r.html").words.split("\n")
+    [run] = compare(runs / "ref", runs / "up").runs
+    rows = first_layers(run)
+    assert [row["layer"] for row in rows] == [f"layers.{number}" for number in range(len(rows))]
+    assert "Error by depth, step 0" in words
+    for row in rows:
+        start = words.index(row["layer"], words.index("Error by depth, step 0"))
+        assert words[start : start + len(LAYERS)] == [cell(row[key]) for key in LAYERS]
+
+
+def test_remarks_and_notes_of_the_comparison_are_in_the_report(runs, tmp_path):
+    write_report(tmp_path / "r.html", runs / "ref", runs / "up", select="layers.*,nothing.here*")
+    found = compare(runs / "ref", runs / "up", select="layers.*,nothing.here*")
+    said = [*found.remarks, *found.runs[0].notes]
+    assert found.remarks
+    assert all(text in Page(tmp_path / "r.html").words for text in said)
+
+
 def test_magnitudes_are_those_of_the_captured_values(runs, tmp_path):
     write_report(tmp_path / "r.html", runs / "ref")
     traces = Page(tmp_path / "r.html").data["magnitude-layer"]["data"]
@@ -182,13 +205,18 @@ def test_the_preset_and_its_thresholds_are_those_asked_for(runs, tmp_path):
     assert "mse 1e+09" in Page(out).words
 
 
-def test_a_folder_of_another_tool_is_read_too(runs, tmp_path):
+def test_a_folder_of_another_tool_is_read_once_and_called_by_its_name(runs, tmp_path, monkeypatch):
     from tensortap.layouts import layout
 
+    read = sources._imported
     with tensortap.open_run(runs / "ref") as run:
         layout("pt").export(run, tmp_path / "folder", "*", lambda done: None)
+    imported = []
+    monkeypatch.setattr(sources, "_imported", lambda *given: imported.append(given) or read(*given))
     done = write_report(tmp_path / "r.html", runs / "ref", tmp_path / "folder")
     assert done.verdict == "agree"
+    assert done.runs == (str(runs / "ref"), str(tmp_path / "folder"))
+    assert len(imported) == 1
 
 
 def test_an_interrupted_run_is_reported_with_what_is_wrong(runs, tmp_path, cli):

@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from tensortap.errors import RunError, TensortapError
@@ -13,7 +14,16 @@ from tensortap.layouts import layout, layouts
 from tensortap.store import Run, RunDirectorySink, open_run
 from tensortap.store.layout import rank_directories
 
-Source = str | os.PathLike[str] | Run
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """An open run, called otherwise than by where it lies: an imported one by its folder."""
+
+    run: Run
+    label: str
+
+
+Source = str | os.PathLike[str] | Run | Named
 """Where a run comes from."""
 
 
@@ -25,7 +35,9 @@ def opened(source: Source, layout_name: str | None = None) -> Iterator[Run]:
     by the first that can: `pt` last, since it takes any folder of .pt files by name only. Raises
     `RunError`, with what each layout said where none could read it.
     """
-    if isinstance(source, Run):
+    if isinstance(source, Named):
+        yield source.run
+    elif isinstance(source, Run):
         yield source
     elif layout_name is not None or _is_foreign(Path(source)):
         names = _in_order() if layout_name is None else [layout_name]
@@ -41,6 +53,8 @@ def opened(source: Source, layout_name: str | None = None) -> Iterator[Run]:
 
 def label(source: Source) -> str:
     """What a source is called in tables: its path as given."""
+    if isinstance(source, Named):
+        return source.label
     return str(source.path if isinstance(source, Run) else source)
 
 

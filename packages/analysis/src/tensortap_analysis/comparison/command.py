@@ -25,6 +25,7 @@ from tensortap_analysis.comparison.tables import (
     tensors,
     unpaired_rows,
 )
+from tensortap_analysis.options import Noise, Select, Step, Thresholds, limits
 from tensortap_analysis.progress import counted
 from tensortap_analysis.rendering import as_markdown, rendered
 
@@ -39,16 +40,11 @@ Runs = Annotated[
 
 def compare_runs(
     runs: Runs = None,
-    noise: Annotated[
-        Path | None, typer.Option(help="A second reference: its error must be accepted.")
-    ] = None,
+    noise: Noise = None,
     preset: Annotated[str | None, typer.Option(help="noise (default), classic or port.")] = None,
-    threshold: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=VALUE", help="Replace a threshold of the preset: ratio=2."),
-    ] = None,
-    select: Annotated[str, typer.Option(help="Names: globs with commas, ! excludes.")] = "*",
-    step: Annotated[int | None, typer.Option(help="Only this step.")] = None,
+    threshold: Thresholds = None,
+    select: Select = "*",
+    step: Step = None,
     save: Annotated[Path | None, typer.Option(help="Keep everything measured as JSON.")] = None,
     saved: Annotated[
         Path | None,
@@ -70,13 +66,13 @@ def compare_runs(
     """
     if json_ + csv + markdown > 1:
         raise ConfigError("--json, --csv and --markdown are three ways to print; choose one.")
-    limits = dict(_threshold(text) for text in threshold or ())
+    wanted = limits(threshold)
     if save is not None:
         require_writable(save)
     if saved is not None:
-        found = _again(saved, runs, noise, preset, limits, select, step)
+        found = _again(saved, runs, noise, preset, wanted, select, step)
     else:
-        found = _measured(runs or [], noise, preset, limits, select, step)
+        found = _measured(runs or [], noise, preset, wanted, select, step)
     if json_:
         _say(json.dumps(as_json(found), indent=2))
     elif csv:
@@ -91,17 +87,9 @@ def compare_runs(
     raise typer.Exit(_CODES[found.verdict])
 
 
-def _threshold(text: str) -> tuple[str, float]:
-    name, _, value = text.partition("=")
-    try:
-        return name.strip(), float(value)
-    except ValueError:
-        raise ConfigError(f"--threshold {text} is not NAME=VALUE, for example ratio=2.") from None
-
-
 def _again(
     saved: Path, runs: list[Path] | None, noise: Path | None, preset: str | None,
-    limits: dict[str, float], select: str, step: int | None,
+    thresholds: dict[str, float], select: str, step: int | None,
 ) -> Comparison:  # fmt: skip
     if runs:
         raise ConfigError("--from judges what was saved; give either it or runs, not both.")
@@ -113,14 +101,14 @@ def _again(
     found = Comparison.load(saved)
     if (select, step) != ("*", None):
         found = found.narrowed(select, step=step)
-    return found if preset is None and not limits else found.judge(preset, **limits)
+    return found if preset is None and not thresholds else found.judge(preset, **thresholds)
 
 
 def _measured(
     runs: list[Path],
     noise: Path | None,
     preset: str | None,
-    limits: dict[str, float],
+    thresholds: dict[str, float],
     select: str,
     step: int | None,
 ) -> Comparison:
@@ -131,7 +119,7 @@ def _measured(
             *runs,
             noise=noise,
             preset=preset or "noise",
-            thresholds=limits,
+            thresholds=thresholds,
             select=select,
             step=step,
             progress=progress,

@@ -15,8 +15,6 @@ from tensortap_analysis.rendering import Columns, Row, cell, fitted, rendered
 if TYPE_CHECKING:
     from tensortap_analysis.comparison.result import Comparison
 
-__all__ = ["Row", "cell", "layers", "run_rows", "summary", "tensor_rows", "tensors"]
-
 _METRICS = (
     "mse", "rmse", "mae", "max_abs", "relative_mse", "relative_mae", "relative_max",
     "relative_mean", "relative_median", "relative_l2", "cosine", "correlation", "sqnr_db",
@@ -41,7 +39,7 @@ _TENSORS = {
 _LEAST_OF_TENSORS = ("by", "mae", "mse", "when", "max_abs", "sqnr_db", "cosine")
 _NOTHING = 1e-3
 """A share of a layer's error that no module is named for."""
-_LAYERS = {
+LAYERS = {
     "layer": "layer", "input": "input error", "output": "output error", "added": "added inside",
     "by": "most by", "most": "which added",
 }  # fmt: skip
@@ -200,11 +198,13 @@ def layer_rows(run: RunComparison) -> list[Row]:
 
 def layers(run: RunComparison, kind: str = "text") -> str:
     """The error by depth at the first moment, as `text`, `markdown` or `csv` (of all moments)."""
+    return rendered(layer_rows(run) if kind == "csv" else first_layers(run), kind, LAYERS)
+
+
+def first_layers(run: RunComparison) -> list[Row]:
+    """The rows of the first moment as people read them."""
     rows = layer_rows(run)
-    if kind == "csv":
-        return rendered(rows, kind, _LAYERS)
-    shown = [row for row in rows if row["when"] == rows[0]["when"]]
-    return rendered([_spelled(row) for row in shown], kind, _LAYERS)
+    return [_spelled(row) for row in rows if row["when"] == rows[0]["when"]]
 
 
 def _spelled(row: Row) -> Row:

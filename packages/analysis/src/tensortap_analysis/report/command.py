@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from tensortap.errors import ConfigError
+from tensortap_analysis.options import Noise, Select, Step, Thresholds, limits
 from tensortap_analysis.progress import counted
 
 if TYPE_CHECKING:
@@ -27,16 +27,11 @@ def report(
     out: Annotated[Path, typer.Option(help="The HTML file; replaced when it exists.")] = Path(
         "report.html"
     ),
-    noise: Annotated[
-        Path | None, typer.Option(help="A second reference: its error must be accepted.")
-    ] = None,
+    noise: Noise = None,
     preset: Annotated[str, typer.Option(help="noise, classic or port.")] = "noise",
-    threshold: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=VALUE", help="Replace a threshold of the preset: ratio=2."),
-    ] = None,
-    select: Annotated[str, typer.Option(help="Names: globs with commas, ! excludes.")] = "*",
-    step: Annotated[int | None, typer.Option(help="Only this step.")] = None,
+    threshold: Thresholds = None,
+    select: Select = "*",
+    step: Step = None,
     rows: Annotated[int, typer.Option(min=1, help="Most tensors in the table.")] = 5000,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print what was written as JSON.")
@@ -51,10 +46,10 @@ def report(
     # plotly takes a while to import, and other commands do not need it.
     from tensortap_analysis.report.writing import write_report
 
-    limits = dict(_threshold(text) for text in threshold or ())
+    thresholds = limits(threshold)
     with counted("comparing") as progress:
         done = write_report(
-            out, *runs, noise=noise, preset=preset, thresholds=limits, select=select, step=step,
+            out, *runs, noise=noise, preset=preset, thresholds=thresholds, select=select, step=step,
             rows=rows, progress=progress,
         )  # fmt: skip
     if as_json:
@@ -62,14 +57,6 @@ def report(
     else:
         _print(done)
     raise typer.Exit(1 if done.missing else 0)
-
-
-def _threshold(text: str) -> tuple[str, float]:
-    name, _, value = text.partition("=")
-    try:
-        return name.strip(), float(value)
-    except ValueError:
-        raise ConfigError(f"--threshold {text} is not NAME=VALUE, for example ratio=2.") from None
 
 
 def _print_json(done: Report) -> None:

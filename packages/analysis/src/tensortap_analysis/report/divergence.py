@@ -10,8 +10,10 @@ import plotly.graph_objects as go
 from tensortap.tables import grouped
 from tensortap_analysis.captured.words import layer_of
 from tensortap_analysis.comparison.result import Comparison, RunComparison
+from tensortap_analysis.comparison.tables import LAYERS, first_layers
 from tensortap_analysis.judging.presets import Judgement
 from tensortap_analysis.pairs.pair import Pair
+from tensortap_analysis.rendering import cell
 from tensortap_analysis.report.figures import (
     COLOURS,
     Chart,
@@ -24,7 +26,7 @@ from tensortap_analysis.report.figures import (
     whole,
 )
 from tensortap_analysis.report.grids import grid
-from tensortap_analysis.report.markup import Html, join, listing, tag
+from tensortap_analysis.report.markup import Html, join, listing, table, tag
 
 _POINTS = 2000
 _GRIDS = 4
@@ -187,8 +189,9 @@ def _spectrum(pair: Pair, colour: str) -> go.Scatter:
 
 def _words(run: RunComparison, label: str) -> Html:
     """What stands out in one run, and what was not compared."""
-    parts: list[str] = [tag("h3", label)]
+    parts: list[str] = [tag("h3", label), *_depth(run)]
     for title, lines in (
+        ("Notes", list(run.notes)),
         ("Errors added there (local)", [str(found) for found in run.local]),
         ("Jumps between layers", [str(change) for change in run.jumps]),
         ("Abnormal", list(run.abnormal)),
@@ -199,6 +202,16 @@ def _words(run: RunComparison, label: str) -> Html:
     if len(parts) == 1:
         parts.append(tag("p", "Nothing stands out, and everything was compared.", class_="quiet"))
     return tag("div", *parts, class_="words")
+
+
+def _depth(run: RunComparison) -> Iterator[Html]:
+    """The error that goes into each layer and comes out, and what is added inside."""
+    if not run.divergences or len(run.depth) < 2:
+        return
+    yield tag("h4", f"Error by depth, {run.depth[0].at.when}")
+    yield tag("p", "Relative L2 errors of the forward pass; ~ is an estimate.", class_="says")
+    rows = ({key: cell(row[key]) for key in LAYERS} for row in first_layers(run))
+    yield table(LAYERS, rows, {"layer", "by"})
 
 
 def _rows(run: RunComparison, who: str) -> Iterator[tuple[str, str, int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 _SCRIPT = str.maketrans(
@@ -49,6 +49,20 @@ def listing(lines: Iterable[str], most: int, more: str = "more") -> Html:
     if len(every) > most:
         items.append(tag("li", f"… and {len(every) - most:,} {more}", class_="quiet"))
     return tag("ul", *items) if items else Html("")
+
+
+def table(
+    columns: Mapping[str, str], rows: Iterable[Mapping[str, str]], words: Container[str]
+) -> Html:
+    """A table with a title for each column; all but the columns of `words` hold numbers."""
+    head = tag("tr", *(tag("th", title, scope="col") for title in columns.values()))
+    body = [
+        tag("tr", *(
+            tag("td", row[key], class_="word" if key in words else "number") for key in columns
+        ))
+        for row in rows
+    ]  # fmt: skip
+    return tag("div", tag("table", tag("thead", head), tag("tbody", *body)), class_="scroll")
 
 
 def data_block(identifier: str, content: Any) -> Html:

@@ -8,9 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from tensortap_analysis.comparison.result import Comparison, RunComparison
-from tensortap_analysis.comparison.tables import cell, run_rows
+from tensortap_analysis.comparison.tables import run_rows
 from tensortap_analysis.judging.presets import preset
-from tensortap_analysis.report.markup import Html, join, listing, tag
+from tensortap_analysis.rendering import cell
+from tensortap_analysis.report.markup import Html, join, listing, table, tag
 from tensortap_analysis.report.views import View
 
 _VERDICTS = {
@@ -24,7 +25,7 @@ _COLUMNS = {
     "first_mae": "MAE", "last_mse": "last layer MSE", "last_mae": "MAE",
     "mean_correlation": "mean correlation", "worst": "worst tensor",
 }  # fmt: skip
-_NUMBERS = frozenset(_COLUMNS) - {"run", "mode", "verdict", "worst"}
+_WORDS = frozenset({"run", "mode", "verdict", "worst"})
 
 
 def section(views: Sequence[View], found: Comparison | None) -> Html:
@@ -32,10 +33,11 @@ def section(views: Sequence[View], found: Comparison | None) -> Html:
     if found is None:
         return _one(views[0])
     judged = [_verdict(run, one.label) for run, one in zip(found.runs, views[1:], strict=True)]
-    notices = list(dict.fromkeys(text for run in found.runs for text in run.warnings))
+    warnings = [*found.remarks, *(text for run in found.runs for text in run.warnings)]
     parts: list[str] = [tag("div", *judged, class_="cards")]
-    if notices:
-        parts.append(tag("div", tag("h3", "Warnings"), listing(notices, 12), class_="notice"))
+    if warnings:
+        listed = listing(dict.fromkeys(warnings), 12)
+        parts.append(tag("div", tag("h3", "Warnings"), listed, class_="notice"))
     by = preset(found.preset, found.thresholds)
     noise = f"; the noise run is {found.noise.title}" if found.noise is not None else ""
     limits = ", ".join(f"{key} {value:g}" for key, value in by.limits.items())
@@ -63,16 +65,11 @@ def _verdict(run: RunComparison, label: str) -> Html:
 
 
 def _table(views: Sequence[View], found: Comparison) -> Html:
-    head = tag("tr", *(tag("th", title, scope="col") for title in _COLUMNS.values()))
-    rows = []
-    for row, one in zip(run_rows(found), views[1:], strict=True):
-        cells = {key: cell(row[key]) for key in _COLUMNS} | {"run": one.label}
-        rows.append(tag("tr", *(
-            tag("td", words, class_="number" if key in _NUMBERS else "word")
-            for key, words in cells.items()
-        )))  # fmt: skip
-    table = tag("table", tag("thead", head), tag("tbody", *rows))
-    return tag("div", table, class_="scroll")
+    rows = (
+        {key: cell(row[key]) for key in _COLUMNS} | {"run": one.label}
+        for row, one in zip(run_rows(found), views[1:], strict=True)
+    )
+    return table(_COLUMNS, rows, _WORDS)
 
 
 def _one(view: View) -> Html:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tensortap_analysis.comparison.result import Comparison
-from tensortap_analysis.comparison.tables import Row, tensor_rows
+from tensortap_analysis.comparison.tables import tensor_rows
+from tensortap_analysis.rendering import Row
 from tensortap_analysis.report.markup import Html, join, tag
 from tensortap_analysis.report.searching import Column, searched
 from tensortap_analysis.report.views import View

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from tensortap.errors import ConfigError, RunError
 from tensortap.selection import Selection
-from tensortap_analysis.captured.sources import Source, label, opened
+from tensortap_analysis.captured.sources import Named, Source, label, opened
 from tensortap_analysis.comparison.comparing import compare
 from tensortap_analysis.comparison.result import Comparison
 from tensortap_analysis.judging.presets import preset as known_preset
@@ -61,13 +61,17 @@ def write_report(
     known_preset(preset, thresholds)
     if noise is not None and not runs:
         raise ConfigError("A noise run judges a comparison; give a second run to compare.")
-    views = _views((ref, *runs), select, step)
-    found = None
-    if runs:
-        found = compare(
-            ref, *runs, noise=noise, preset=preset, thresholds=thresholds or {}, select=select,
-            step=step, progress=progress,
-        )  # fmt: skip
+    with ExitStack() as stack:
+        sources = [
+            Named(stack.enter_context(opened(source)), label(source)) for source in (ref, *runs)
+        ]
+        views = _views(sources, select, step)
+        found = None
+        if runs:
+            found = compare(
+                *sources, noise=noise, preset=preset, thresholds=thresholds or {}, select=select,
+                step=step, progress=progress,
+            )  # fmt: skip
     made = page(views, found, rows)
     scratch = path.with_name(f"{path.name}.partial")
     scratch.write_text(made.html, encoding="utf-8")
@@ -88,14 +92,13 @@ def _target(out: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _views(sources: tuple[Source, ...], select: str, step: int | None) -> list[View]:
+def _views(sources: Sequence[Named], select: str, step: int | None) -> list[View]:
     """All runs; raises `SelectionError` or `RunError` where nothing of any is selected."""
-    paths = [label(source) for source in sources]
-    with ExitStack() as stack:
-        runs = [stack.enter_context(opened(source)) for source in sources]
-        named = zip(runs, paths, labels(paths), strict=True)
-        views = [view(run, path, short, select, step) for run, path, short in named]
-        names = sorted({name for run in runs for name in (*run.names(), *run.part_names())})
+    paths = [source.label for source in sources]
+    called = zip(sources, labels(paths), strict=True)
+    views = [view(one.run, one.label, short, select, step) for one, short in called]
+    runs = [source.run for source in sources]
+    names = sorted({name for run in runs for name in (*run.names(), *run.part_names())})
     wanted = Selection.parse(select)
     if not any(map(wanted.matches, names)):
         raise wanted.nothing_in(names, " and ".join(paths))

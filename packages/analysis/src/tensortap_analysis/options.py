@@ -1,0 +1,34 @@
+"""Options that several commands share, and what they are read as."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tensortap.errors import ConfigError
+
+Noise = Annotated[Path | None, typer.Option(help="A second reference: its error must be accepted.")]
+Thresholds = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--threshold", metavar="NAME=VALUE", help="Replace a threshold of the preset: ratio=2."
+    ),
+]
+Select = Annotated[str, typer.Option(help="Names: globs with commas, ! excludes.")]
+Step = Annotated[int | None, typer.Option(help="Only this step.")]
+
+
+def limits(thresholds: Iterable[str] | None) -> dict[str, float]:
+    """`["ratio=2"]` as `{"ratio": 2.0}`; raises `ConfigError` for what is no number."""
+    return dict(map(_limit, thresholds or ()))
+
+
+def _limit(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    try:
+        return name.strip(), float(value)
+    except ValueError:
+        raise ConfigError(f"--threshold {text} is not NAME=VALUE, for example ratio=2.") from None
