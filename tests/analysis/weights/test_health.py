@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from tests.analysis.weights.checkpoints import safetensors_folder, small_state
 from transformers import MambaConfig, MambaForCausalLM
 
 from tensortap.errors import ConfigError
@@ -345,6 +346,12 @@ def test_health_check_takes_a_report_a_scan_or_a_model(tmp_path):
         assert score == 0.0
         assert [issue.rule for issue in issues["critical"]] == ["zero"]
         assert set(issues) == {"critical", "warning", "info"}
+
+
+def test_health_check_takes_an_index_of_shards_as_the_model_that_it_is(tmp_path):
+    safetensors_folder(tmp_path / "m", small_state(), 2)
+    score, _ = health_check(tmp_path / "m" / "model.safetensors.index.json")
+    assert score == health_check(tmp_path / "m")[0]
 
 
 def test_a_saved_report_gives_the_same_health(tmp_path):

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from tests.analysis.weights.checkpoints import safetensors_folder, small_state
 
 from tensortap.cli import app, main
-from tensortap_analysis.weights import ScanResult, Scope
+from tensortap_analysis.weights import ScanResult, Scope, scanning
 
 ONLY = [one for one in entry_points(group="tensortap.commands") if one.name == "scan"]
 
@@ -60,8 +60,13 @@ def test_json_is_the_report_and_its_health(cli, folder):
     assert issue["layer"] == "model.layers.1.mlp.up_proj"
 
 
-@pytest.mark.parametrize("words", [("--parallel",), ("--parallel", "3"), ()])
-def test_parallel_alone_takes_all_cores_and_a_number_takes_so_many(cli, folder, monkeypatch, words):
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [(("--parallel",), 0), (("--parallel", "3"), 3), (("--parallel=2",), 2), ((), 1)],
+)
+def test_parallel_alone_takes_all_cores_and_a_number_takes_so_many(
+    cli, folder, monkeypatch, words, wanted
+):
     seen = []
     real = Scope.scan
 
@@ -72,7 +77,14 @@ def test_parallel_alone_takes_all_cores_and_a_number_takes_so_many(cli, folder, 
     monkeypatch.setattr(Scope, "scan", scan)
     for arguments in ((folder, *words), (*words, folder)):
         assert cli("scan", *arguments, "--methods", "norms")[0] == 0
-    assert seen == [{"--parallel": True, "3": 3}[words[-1]] if words else False] * 2
+    assert seen == [wanted] * 2
+
+
+def test_a_checkpoint_may_be_called_by_a_number(cli, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder.rename("200")
+    assert cli("scan", "--parallel", "200", "--methods", "norms")[0] == 0
+    assert cli("scan", "--parallel", "2", "200", "--methods", "norms")[0] == 0
 
 
 def test_a_saved_report_is_judged_without_the_weights(cli, folder, tmp_path):
@@ -142,6 +154,46 @@ def test_recommendations_are_json_for_llm_compressor(cli, folder):
     assert "model.layers.0.mlp.down_proj" in targets
 
 
+def test_recommendations_are_among_the_formats_that_were_measured(cli, folder):
+    _, out, _ = cli("scan", folder, "--recommend", "quant", "--json", "--sqnr", "15",
+                    "--formats", "int8")  # fmt: skip
+    assert {one["format"] for one in json.loads(out)["layers"].values()} == {"int8", None}
+
+
+def test_a_finished_scan_of_another_model_is_not_replaced_unasked(cli, folder, tmp_path):
+    report, other = tmp_path / "r.json", tmp_path / "other.safetensors"
+    save_file({"x.weight": torch.randn(4, 4)}, other)
+    for _ in range(2):
+        assert cli("scan", folder, "--methods", "norms", "--output", report)[0] == 0
+    before = report.read_bytes()
+    code, _, error = cli("scan", other, "--output", report)
+    assert (code, report.read_bytes()) == (2, before)
+    assert f"is the scan of {folder}: save this one elsewhere, or pass --overwrite." in error
+    assert cli("scan", other, "--output", report, "--overwrite")[0] == 0
+    assert ScanResult.load(report).source == str(other)
+
+
+def test_a_file_that_is_no_scan_is_not_replaced_unasked(cli, folder, tmp_path):
+    (tmp_path / "notes.json").write_text("{}")
+    code, _, error = cli("scan", folder, "--output", tmp_path / "notes.json")
+    assert (code, (tmp_path / "notes.json").read_text()) == (2, "{}")
+    assert "exists and is no scan" in error
+
+
+def test_what_is_no_saved_scan_is_told_in_one_short_line(cli, folder, tmp_path):
+    for content in (
+        b"\x80" * 9999,
+        b"\x00" * 9999,
+        b'{"kind": "' + b"x" * 9999 + b'", "schema": 1}',
+    ):
+        (tmp_path / "b.json").write_bytes(content)
+        code, _, error = cli("scan", "--from", tmp_path / "b.json")
+        assert (code, len(error) < 300, "is no saved scan" in error) == (2, True, True)
+    assert "cannot be read: Is a directory" in cli("scan", "--from", folder)[2]
+    (tmp_path / "d.json").write_text('{"steps": []}')
+    assert "it lacks 'kind'" in cli("scan", "--from", tmp_path / "d.json")[2]
+
+
 def test_recommendations_by_the_older_rules(cli, folder):
     _, out, _ = cli("scan", folder, "--recommend", "quant", "--preset", "classic", "--json")
     assert set(json.loads(out)) == {"int8_layers", "int16_layers", "fp16_layers"}
@@ -174,13 +226,20 @@ def test_names_from_a_file_cannot_command_the_terminal(cli, tmp_path):
     [
         ((), "scan needs one model"),
         (("absent/path",), "There is no file or folder absent/path"),
-        (("{folder}", "--methods", "spectrum"), "no method 'spectrum'"),
+        (("{folder}", "--methods", "spectrl"), "there are all, spectral, quantization, sparsity,"),
         (("{folder}", "--select", "nothing"), "matches nothing"),
         (("{folder}", "--formats", "int9"), "int9"),
         (("{folder}", "--fail-on", "fatal"), "--fail-on fatal is none of critical"),
         (("{folder}", "--recommend", "prune"), "--recommend prune is none of quant, compress"),
         (("{folder}", "--threshold", "x"), "is not NAME=VALUE"),
-        (("{folder}", "--preset", "strict"), "no preset 'strict'"),
+        (("{folder}", "--preset", "clasic"), "no preset 'clasic'; there are default, classic."),
+        (("{folder}", "--threshold", "sqnr_warn=3"), "closest: 'sqnr_warning'"),
+        (("{folder}", "--threshold", "rank=nan"), "a number above 0"),
+        (("{folder}", "--recommend", "quant", "--sqnr", "nan"), "--sqnr is a number of dB above 0"),
+        (("{folder}", "--recommend", "quant", "--sqnr=-inf"), "--sqnr is a number of dB above 0"),
+        (("{folder}", "--recommend", "quant", "--sqnr=-3"), "--sqnr is a number of dB above 0"),
+        (("{folder}", "--recommend", "compress", "--error", "nan"), "--error is a share"),
+        (("{folder}", "--recommend", "quant", "--methods", "norms"), "needs --methods quantiz"),
         (("{folder}", "--output", "{folder}/no/r.json"), "there is no folder"),
         (("{folder}", "--html", "r.txt"), "a report is an HTML file"),
         (("{folder}", "--from", "r.json"), "give either it or a model"),
@@ -191,7 +250,8 @@ def test_names_from_a_file_cannot_command_the_terminal(cli, tmp_path):
         (("{folder}", "{folder}"), "scan needs one model"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(cli, folder, arguments, words):
+def test_a_mistake_is_one_line_and_exit_code_2(cli, folder, monkeypatch, arguments, words):
+    monkeypatch.setattr(scanning, "measured", lambda *_: pytest.fail("work came before the check"))
     code, out, error = cli("scan", *(word.format(folder=folder) for word in arguments))
     assert (code, out) == (2, "")
     assert words in error

@@ -284,7 +284,8 @@ def _add_plugin_commands(word: str) -> None:
         if isinstance(command, typer.Typer):
             app.add_typer(command, name=entry.name)
         else:
-            app.command(name=entry.name)(command)
+            # A command may bring its own class, for what typer's options cannot say.
+            app.command(name=entry.name, cls=vars(command).get("command_class"))(command)
 
 
 def _broken(entry: EntryPoint, error: PluginError) -> Callable[[], None]:

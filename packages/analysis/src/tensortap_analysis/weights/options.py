@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tensortap import formats as known
-from tensortap.errors import ConfigError, nearest
+from tensortap.errors import ConfigError
 
 METHODS = ("spectral", "quantization", "sparsity", "norms")
 """The methods there are, in the order of a report."""
@@ -34,9 +34,7 @@ def chosen_methods(wanted: str | Iterable[str]) -> tuple[str, ...]:
     words = [word.strip() for word in words if word.strip()]
     for word in words:
         if word not in ("all", *METHODS):
-            raise ConfigError(
-                f"There is no method {word!r}; there are {nearest(word, ('all', *METHODS))}."
-            )
+            raise ConfigError(f"There is no method {word!r}; there are all, {', '.join(METHODS)}.")
     if not words:
         raise ConfigError(f"No method is named; there are all, {', '.join(METHODS)}.")
     return METHODS if "all" in words else tuple(name for name in METHODS if name in words)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tensortap.errors import TensortapError
+from tensortap.errors import ConfigError, TensortapError
 from tensortap.store.dtypes import dtype_name
 from tensortap_analysis.weights.options import Options
 from tensortap_analysis.weights.sources.source import Skipped
@@ -18,6 +18,8 @@ from tensortap_analysis.weights.weight import Weight
 
 _KIND, _SCHEMA = "tensortap-scan", 1
 _NONFINITE = {"inf": math.inf, "-inf": -math.inf}
+_LONGEST = 120
+"""Of what a damaged file is said to hold."""
 Metrics = dict[str, Any]
 
 
@@ -112,8 +114,12 @@ class ScanResult(Mapping[str, dict[str, Metrics]]):
             raise ReportError(f"There is no saved scan at {path}.") from None
         except UnicodeDecodeError:
             raise ReportError(f"{path} is no saved scan: it is no text.") from None
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as failure:
-            raise ReportError(f"{path} is no saved scan: {failure!r}.") from failure
+        except OSError as failure:
+            raise ReportError(f"{path} cannot be read: {failure.strerror}.") from None
+        except KeyError as failure:
+            raise ReportError(f"{path} is no saved scan: it lacks {failure}.") from None
+        except (ValueError, TypeError, AttributeError, RecursionError) as failure:
+            raise ReportError(f"{path} is no saved scan: {str(failure)[:_LONGEST]}.") from failure
 
     def to_json(self) -> dict[str, Any]:
         """What `save` writes; infinities are the strings `inf` and `-inf`."""
@@ -153,6 +159,26 @@ class ScanResult(Mapping[str, dict[str, Metrics]]):
             facts=facts,
             skipped=tuple(Skipped(**one) for one in document["skipped"]),
             notes=tuple(document["notes"]),
+        )
+
+
+def check_target(path: Path, source: str, overwrite: bool) -> None:
+    """Raise `ConfigError` where a scan of `source` cannot be saved, or would replace another's."""
+    if not path.parent.is_dir():
+        raise ConfigError(f"The scan cannot be saved as {path}: there is no folder {path.parent}.")
+    if path.is_dir():
+        raise ConfigError(f"The scan cannot be saved as {path}: that is a folder.")
+    if overwrite or not path.exists():
+        return
+    try:
+        found = ScanResult.load(path).source
+    except ReportError:
+        raise ConfigError(
+            f"{path} exists and is no scan: save it elsewhere, or pass --overwrite."
+        ) from None
+    if found != source and Path(found).resolve() != Path(source).resolve():
+        raise ConfigError(
+            f"{path} is the scan of {found}: save this one elsewhere, or pass --overwrite."
         )
 
 

@@ -10,11 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from tensortap.errors import ConfigError
 from tensortap.selection import Selection
 from tensortap_analysis.weights.journal import Journal, key_of
 from tensortap_analysis.weights.options import Options, chosen_methods
-from tensortap_analysis.weights.result import Facts, ScanResult
+from tensortap_analysis.weights.result import Facts, ScanResult, check_target
 from tensortap_analysis.weights.scanning import Measured, methods_of, run, same_values
 from tensortap_analysis.weights.sources import Skipped, Source, open_source
 from tensortap_analysis.weights.weight import Weight
@@ -59,19 +58,23 @@ class Scope:
         parallel: bool | int = False,
         options: Options | None = None,
         output: str | os.PathLike[str] | None = None,
+        overwrite: bool = False,
         progress: Progress = lambda done, total: None,
     ) -> ScanResult:
         """Measure the selected weights by `methods` (`"all"`, or some of `METHODS`).
 
         `parallel`: how many workers, `True` for one a core; the numbers do not depend on it. Each
         holds one weight at a time. With `output` the result is saved there, and until then a
-        journal beside it: an interrupted scan of the same files goes on where it was. `progress`
-        gets bytes done and bytes in all. Raises `ConfigError`, `SelectionError`, and
+        journal beside it: an interrupted scan of the same files goes on where it was. A file that
+        is there is replaced if it is a scan of the same model, any other with `overwrite` only.
+        `progress` gets bytes done and bytes in all. Raises `ConfigError`, `SelectionError`, and
         `CheckpointError` for a file that turns out to be broken.
         """
         names, options = chosen_methods(methods), options or Options()
         weights = self.weights(select)
         todo = [weight for weight in weights if methods_of(weight, names)]
+        if output is not None:
+            check_target(Path(output), self._source.label, overwrite)
         with self._journal(output, names, options) as log:
             found = _measure(todo, names, options, parallel, log, progress)
             result = _result(self._source, weights, names, options, found)
@@ -104,14 +107,7 @@ class Scope:
         self, output: str | os.PathLike[str] | None, methods: tuple[str, ...], options: Options
     ) -> Journal | nullcontext[None]:
         """Beside the output; a live module has none, for nobody knows whether it is the same."""
-        if output is None:
-            return nullcontext()
-        folder = Path(output).parent
-        if not folder.is_dir():
-            raise ConfigError(f"The scan cannot be saved as {output}: there is no folder {folder}.")
-        if Path(output).is_dir():
-            raise ConfigError(f"The scan cannot be saved as {output}: that is a folder.")
-        if not self._source.identity:
+        if output is None or not self._source.identity:
             return nullcontext()
         return Journal(Path(f"{output}.journal"), key_of(self._source, methods, options))
 

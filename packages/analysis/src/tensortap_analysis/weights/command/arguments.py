@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -15,9 +16,12 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from typer.core import TyperCommand
 
 from tensortap.errors import ConfigError
 from tensortap_analysis.weights.health import SEVERITIES
+
+Command = TypeVar("Command", bound=Callable[..., None])
 
 
 def limits_of(texts: Iterable[str] | None) -> dict[str, float]:
@@ -41,13 +45,29 @@ def check_fail_on(word: str | None) -> None:
         raise ConfigError(f"--fail-on {word} is none of {', '.join(SEVERITIES)}.")
 
 
-def workers_of(words: Sequence[str], parallel: bool) -> tuple[list[str], bool | int]:
-    """`--parallel` may be followed by a number, which then stands among the arguments."""
+def takes_workers(command: Command) -> Command:
+    """Let `--parallel` stand alone (every core), or before or joined to a number."""
+    vars(command)["command_class"] = _WithWorkers
+    return command
+
+
+class _WithWorkers(TyperCommand):
+    """Typer has no options whose value may be left out: it is put in before parsing."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, _with_number(args))
+
+
+def _with_number(words: Sequence[str]) -> list[str]:
+    """`--parallel` as `--parallel=N`, 0 without a number."""
+    if "--parallel" not in words:
+        return list(words)
+    place = words.index("--parallel")
+    before, after = words[:place], words[place + 1 :]
     # A checkpoint may be called by its step: `diff-weights --parallel 100 200` means two folders.
-    numbers = [word for word in words if word.isdecimal() and not Path(word).exists()]
-    if not parallel or len(words) < 2 or len(numbers) != 1:
-        return list(words), parallel
-    return [word for word in words if word not in numbers], int(numbers[0])
+    if after and after[0].isdecimal() and not Path(after[0]).exists():
+        return [*before, f"--parallel={after[0]}", *after[1:]]
+    return [*before, "--parallel=0", *after]
 
 
 @contextmanager

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from tensortap.errors import ConfigError
 from tensortap_analysis.weights.command.tables import shown
+from tensortap_analysis.weights.options import chosen_methods
 from tensortap_analysis.weights.recommend import (
     LowRank,
     QuantPlan,
@@ -16,9 +19,11 @@ from tensortap_analysis.weights.recommend import (
     suggest_compression,
 )
 from tensortap_analysis.weights.recommend.classic import Suggestion
+from tensortap_analysis.weights.recommend.schemes import SCHEMES
 from tensortap_analysis.weights.result import ScanResult
 
-KINDS = ("quant", "compress")
+KINDS = {"quant": "quantization", "compress": "spectral"}
+"""What there is to recommend, and the method whose metrics decide it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +34,26 @@ class Advice:
     lines: tuple[str, ...]
 
 
+def check_advice(kind: str, methods: str, sqnr_db: float, error: float) -> None:
+    """Raise `ConfigError` for what `advice` could not give after a scan with these `methods`."""
+    if kind not in KINDS:
+        raise ConfigError(f"--recommend {kind} is none of {', '.join(KINDS)}.")
+    if KINDS[kind] not in chosen_methods(methods):
+        raise ConfigError(f"--recommend {kind} needs --methods {KINDS[kind]}, or all.")
+    if not (math.isfinite(sqnr_db) and sqnr_db > 0):
+        raise ConfigError(f"--sqnr is a number of dB above 0, and {sqnr_db:g} is none.")
+    if not 0 < error < 1:
+        raise ConfigError(f"--error is a share between 0 and 1, and {error:g} is none.")
+
+
 def advice(result: ScanResult, kind: str, preset: str, sqnr_db: float, error: float) -> Advice:
     """By the older guide's rules for the preset `classic`."""
     if kind == "quant" and preset == "classic":
         config = generate_quant_config(result)
         return Advice(config, tuple(_classic_lines(config)))
     if kind == "quant":
-        plan = quant_plan(result, sqnr_db=sqnr_db)
+        measured = [name for name in SCHEMES if name in ("int8", *result.options.formats)]
+        plan = quant_plan(result, sqnr_db=sqnr_db, formats=measured)
         return Advice(plan.to_json(), tuple(_quant_lines(plan)))
     if preset == "classic":
         found = suggest_compression(result)

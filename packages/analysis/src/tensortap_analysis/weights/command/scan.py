@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -18,9 +18,9 @@ from tensortap_analysis.weights.command.arguments import (
     byte_progress,
     check_fail_on,
     limits_of,
-    workers_of,
+    takes_workers,
 )
-from tensortap_analysis.weights.command.recommending import KINDS, Advice, advice
+from tensortap_analysis.weights.command.recommending import Advice, advice, check_advice
 from tensortap_analysis.weights.command.tables import (
     document,
     health_lines,
@@ -28,14 +28,16 @@ from tensortap_analysis.weights.command.tables import (
     shown,
     skipped_lines,
 )
-from tensortap_analysis.weights.health import SEVERITIES, Health, health
+from tensortap_analysis.weights.health import SEVERITIES, Health, check_preset, health
 from tensortap_analysis.weights.options import Options
 from tensortap_analysis.weights.recommend.compressing import ERROR
 from tensortap_analysis.weights.recommend.quantizing import SQNR_DB
 from tensortap_analysis.weights.result import ScanResult
 from tensortap_analysis.weights.scope import Scope
+from tensortap_analysis.weights.weight import Weight
 
 
+@takes_workers
 def scan(
     model: Annotated[
         list[str] | None,
@@ -50,8 +52,8 @@ def scan(
     ] = "all",
     select: Annotated[str, typer.Option(help="Layers: globs with commas, ! excludes.")] = "*",
     parallel: Annotated[
-        bool, typer.Option("--parallel", help="Use every core, or as many as: --parallel 4.")
-    ] = False,
+        int, typer.Option(min=0, metavar="[N]", help="Workers; without a number, one a core.")
+    ] = 1,
     formats: Annotated[
         str, typer.Option(help="Formats to find the SQNR of, with commas between them.")
     ] = ",".join(known.names()),
@@ -61,6 +63,9 @@ def scan(
     output: Annotated[
         Path | None, typer.Option(help="Save the scan; when interrupted, it goes on from here.")
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace another model's scan at --output.")
+    ] = False,
     saved: Annotated[
         Path | None, typer.Option("--from", help="A saved scan; no weights are needed.")
     ] = None,
@@ -97,14 +102,14 @@ def scan(
     1 an issue of the severity that --fail-on names, 2 it could not be done.
     """
     limits = limits_of(threshold)
-    if recommend is not None and recommend not in KINDS:
-        raise ConfigError(f"--recommend {recommend} is none of {', '.join(KINDS)}.")
+    check_preset(preset, limits)
     check_fail_on(fail_on)
+    if recommend is not None:
+        check_advice(recommend, methods, sqnr, error)
     if html is not None:
         from tensortap_analysis.weights.report.page import target
 
         target(html)
-    words, workers = workers_of(model or [], parallel)
     if saved is not None:
         given = {
             "--methods": methods != "all",
@@ -112,16 +117,21 @@ def scan(
             "--formats": formats != ",".join(known.names()),
             "--full-spectrum": full_spectrum,
             "--output": output is not None,
-            "--parallel": parallel,
+            "--overwrite": overwrite,
+            "--parallel": parallel != 1,
         }
-        _check_saved(words, given)
+        _check_saved(model or [], given)
         scope, result = None, ScanResult.load(saved)
     else:
-        scope, options = _opened(words), Options(_words(formats), full_spectrum)
-        result = _scanned(scope, methods, select, workers, options, output)
+        scope, options = _opened(model or []), Options(_words(formats), full_spectrum)
+        with byte_progress("scanning") as progress:
+            result = scope.scan(
+                methods, select=select, parallel=parallel, options=options, output=output,
+                overwrite=overwrite, progress=progress,
+            )  # fmt: skip
     found = health(result, preset, limits)
     if html is not None:
-        _write(html, result, found, scope)
+        _write(html, result, found, [] if scope is None else scope.weights(select))
     if recommend is not None:
         _recommend(advice(result, recommend, preset, sqnr, error), as_json)
     elif as_json:
@@ -150,33 +160,13 @@ def _opened(words: list[str]) -> Scope:
     return Scope(words[0])
 
 
-def _scanned(
-    scope: Scope,
-    methods: str,
-    select: str,
-    workers: bool | int,
-    options: Options,
-    output: Path | None,
-) -> ScanResult:
-    with byte_progress("scanning") as progress:
-        return scope.scan(
-            methods,
-            select=select,
-            parallel=workers,
-            options=options,
-            output=output,
-            progress=progress,
-        )
-
-
-def _write(html: Path, result: ScanResult, found: Health, scope: Scope | None) -> None:
+def _write(html: Path, result: ScanResult, found: Health, weights: Sequence[Weight]) -> None:
     """The HTML report; histograms need the weights, which a saved scan has not."""
     # plotly takes a while to import, and tables do not need it.
     from tensortap_analysis.weights.report.page import write_scan_report
     from tensortap_analysis.weights.report.spread import histograms, worst_layers
 
-    values = [] if scope is None else histograms(scope.weights(), worst_layers(result))
-    write_scan_report(html, result, found, values)
+    write_scan_report(html, result, found, histograms(weights, worst_layers(result)))
 
 
 def _recommend(found: Advice, as_json: bool) -> None:

@@ -18,7 +18,7 @@ from tensortap_analysis.weights.command.arguments import (
     byte_progress,
     check_fail_on,
     limits_of,
-    workers_of,
+    takes_workers,
 )
 from tensortap_analysis.weights.command.tables import shown, skipped_lines
 from tensortap_analysis.weights.drift.alerts import alerts, overall_alerts
@@ -29,6 +29,7 @@ from tensortap_analysis.weights.result import encoded
 from tensortap_analysis.weights.scope import Scope
 
 
+@takes_workers
 def diff_weights(
     models: Annotated[
         list[str],
@@ -38,8 +39,8 @@ def diff_weights(
     ],
     select: Annotated[str, typer.Option(help="Layers: globs with commas, ! excludes.")] = "*",
     parallel: Annotated[
-        bool, typer.Option("--parallel", help="Use every core, or as many as: --parallel 4.")
-    ] = False,
+        int, typer.Option(min=0, metavar="[N]", help="Workers; without a number, one a core.")
+    ] = 1,
     spectral: Annotated[
         bool, typer.Option(help="Also compare spectra, which takes most of the time.")
     ] = True,
@@ -73,12 +74,11 @@ def diff_weights(
         from tensortap_analysis.weights.report.page import target
 
         target(html)
-    words, workers = workers_of(models, parallel)
-    if len(words) < 2:
+    if len(models) < 2:
         raise ConfigError("diff-weights needs two checkpoints: tensortap diff-weights A B.")
     with byte_progress("comparing") as progress:
         steps = track(
-            [Scope(word) for word in words], select=select, parallel=workers, spectral=spectral,
+            [Scope(model) for model in models], select=select, parallel=parallel, spectral=spectral,
             progress=progress,
         )  # fmt: skip
     issues = [alerts(step, preset, limits) for step in steps]

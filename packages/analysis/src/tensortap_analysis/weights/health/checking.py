@@ -93,7 +93,7 @@ def health(
 
     Raises `ConfigError` for a preset or threshold there is not.
     """
-    by, limits = _preset(preset, thresholds or {})
+    by, limits = check_preset(preset, thresholds or {})
     layers = layers_of(result)
     issues = [issue for rule in by.rules.values() for issue in rule(layers, limits)]
     ranked = sorted(issues, key=lambda issue: -issue.excess)
@@ -117,6 +117,8 @@ def health_check(
 ) -> tuple[float, dict[Severity, list[Issue]]]:
     """Score and issues by severity, of a saved report (`.json`), a scan, or a model to scan.
 
+    An index of shards (`.index.json`) is a model.
+
     score, issues = health_check("report.json")
     for issue in issues["critical"]:
         print(issue)
@@ -128,19 +130,24 @@ def health_check(
 def _scanned(model: str | os.PathLike[str] | nn.Module | ScanResult) -> ScanResult:
     if isinstance(model, ScanResult):
         return model
-    if not isinstance(model, nn.Module) and Path(model).suffix == ".json":
-        return ScanResult.load(model)
-    return Scope(model).scan()
+    if isinstance(model, nn.Module) or not _report(Path(model).name):
+        return Scope(model).scan()
+    return ScanResult.load(model)
 
 
-def _preset(name: str, thresholds: Mapping[str, float]) -> tuple[Preset, Limits]:
+def _report(name: str) -> bool:
+    return name.endswith(".json") and not name.endswith(".index.json")
+
+
+def check_preset(name: str, thresholds: Mapping[str, float]) -> tuple[Preset, Limits]:
+    """The preset, and its limits with some replaced; raises `ConfigError`."""
     if name not in PRESETS:
-        raise ConfigError(f"There is no preset {name!r}; there are {nearest(name, PRESETS)}.")
+        raise ConfigError(f"There is no preset {name!r}; there are {', '.join(PRESETS)}.")
     found = PRESETS[name]
     for key, value in thresholds.items():
         if key not in found.limits:
             known = nearest(key, found.limits)
-            raise ConfigError(f"The preset {name} has no threshold {key!r}; it has {known}.")
+            raise ConfigError(f"The preset {name} has no threshold {key!r}; closest: {known}.")
         if not (math.isfinite(value) and value > 0):
             raise ConfigError(f"A threshold is a number above 0, and {key}={value} is none.")
     return found, {**found.limits, **thresholds}
