@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, ParamSpec, TypeVar
@@ -21,6 +20,7 @@ from tensortap.graphs import outside_graph
 from tensortap.integration import Site
 from tensortap.listener import Listener
 from tensortap.names import interned
+from tensortap.readable import NOTES, unreadable, unwrapped
 from tensortap.records import Coordinates, FormatInfo, Placement, TensorRecord
 from tensortap.steps import Frame, StepClock
 from tensortap.transfer import Transfer
@@ -162,8 +162,8 @@ class Capture:
 
     @torch.no_grad()
     def _emit(self, tensor: torch.Tensor, seen: Sequence[Sighting]) -> None:
-        plain, whole = (tensor, True) if type(tensor) in _PLAIN else _unwrapped(tensor)
-        reason = _unreadable(plain)
+        plain, whole = unwrapped(tensor)
+        reason = unreadable(plain)
         if reason is not None:
             for sighting in seen:
                 self._absent(_name(sighting), reason)
@@ -218,7 +218,7 @@ class Capture:
         return backend
 
     def _absent(self, name: str, reason: str) -> None:
-        remark = self.coverage.note if reason in _NOTES else self.coverage.gap
+        remark = self.coverage.note if reason in NOTES else self.coverage.gap
         remark(name, reason)
 
 
@@ -245,22 +245,6 @@ class SiteCall:
         record(self, tensors, named, format)
 
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
-_META = "meta tensor: it has a shape but no data"
-_NOTES = (_META,)
-
-
-def _has_memory(tensor: torch.Tensor) -> bool:
-    """Wrapper subclasses and fake tensors have shapes but no bytes: reading them would crash."""
-    fake = getattr(sys.modules.get("torch._subclasses.fake_tensor"), "FakeTensor", ())
-    if isinstance(tensor, fake):
-        return False
-    try:
-        return tensor.numel() == 0 or tensor.untyped_storage().data_ptr() != 0
-    except (RuntimeError, NotImplementedError):  # How functional tensors say no.
-        return False
-
-
 def _gets_gradient(tensor: torch.Tensor) -> bool:
     """Will autograd bring a gradient for this use of the tensor?"""
     return tensor.requires_grad and torch.is_grad_enabled() and not tensor.is_inference()
@@ -274,39 +258,7 @@ def _stride(numel: int) -> int:
     return max(1, -(-numel // SAMPLE))
 
 
-def _unwrapped(tensor: torch.Tensor) -> tuple[torch.Tensor, bool]:
-    """What a tensor subclass stands for, and whether that is all of the logical tensor.
-
-    Of a DTensor it is the piece this rank holds. What torch_xla shards is whole as far as the
-    program can tell, and is a DTensor in name only. Any other subclass stands for itself.
-    """
-    if type(tensor).__module__.startswith("torch_xla."):
-        return getattr(tensor, "global_tensor", tensor), True
-    dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
-    if dtensor is not None and isinstance(tensor, dtensor):
-        local: torch.Tensor = tensor.to_local()
-        return local, False
-    return tensor, True
-
-
 def _placement(site: Site, seen: Sighting, plain: torch.Tensor, *, whole: bool) -> Placement | None:
     if site.placement is not None:
         return site.placement(seen.phase, seen.tensor, plain)
     return None if whole else Placement(unknown=True)
-
-
-def _unreadable(tensor: torch.Tensor) -> str | None:
-    """Why the values of a tensor cannot be read here, or `None`."""
-    if type(tensor) not in _PLAIN and not _has_memory(tensor):
-        return f"{type(tensor).__name__}: a tensor subclass without memory of its own"
-    if tensor.device.type == "meta":
-        return _META
-    if tensor.is_nested:
-        return "nested tensor: not supported"
-    if tensor.layout is not torch.strided:
-        return f"{tensor.layout} tensor: only strided tensors are supported"
-    if tensor.is_quantized:
-        return "torch.quantized tensor: not supported, capture what it was made from"
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        return "inside a torch.func transform: the tensor has no values of its own"
-    return None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import EntryPoint, EntryPoints, entry_points
 from typing import Any
 
@@ -130,3 +132,15 @@ def _check_version(entry: EntryPoint, where: str) -> None:
             f"The plugin {where} has version {plugin}, the core {core}; "
             f'install both together: pip install -U "tensortap[all]=={core}".'
         )
+
+
+def told_apart(sites: Sequence[Sequence[Site]]) -> list[list[Site]]:
+    """Names that occur in several models of a list become `chunks.0.root`, `chunks.1.root`, …."""
+    counts = Counter(name for some in sites for name in {site.name for site in some})
+    return [
+        [
+            replace(site, name=f"chunks.{number}.{site.name}") if counts[site.name] > 1 else site
+            for site in some
+        ]
+        for number, some in enumerate(sites)
+    ]

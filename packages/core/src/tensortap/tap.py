@@ -7,10 +7,8 @@ import os
 import sys
 import threading
 import warnings
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,7 +21,7 @@ from tensortap.choices import Choices
 from tensortap.config import Settings
 from tensortap.coverage import Coverage, explain_absences
 from tensortap.destination import destination
-from tensortap.discovery import aliases, better, discover
+from tensortap.discovery import aliases, better, discover, told_apart
 from tensortap.errors import CaptureError, CaptureWarning, ConfigError, NotSupported
 from tensortap.gradients import Sighting
 from tensortap.hooks import ContainerHooks, ModuleHooks, ancestors
@@ -189,7 +187,7 @@ class Tap:
         self, roots: list[nn.Module], sink: Any, place: tuple[int, int], undo: Undo
     ) -> None:
         plugins = [discover(root, self.settings.using) for root in roots]
-        sites = _told_apart([p.sites(root) for p, root in zip(plugins, roots, strict=True)])
+        sites = told_apart([p.sites(root) for p, root in zip(plugins, roots, strict=True)])
         every = [site for some in sites for site in some]
         choices = Choices(self.settings)
         self._roots = roots
@@ -313,18 +311,6 @@ class Tap:
             self.detach()
         except CaptureError as failure:
             print(f"tensortap: {failure}", file=sys.stderr)
-
-
-def _told_apart(sites: Sequence[Sequence[Site]]) -> list[list[Site]]:
-    """Names that occur in several models of a list become `chunks.0.root`, `chunks.1.root`, …."""
-    counts = Counter(name for some in sites for name in {site.name for site in some})
-    return [
-        [
-            replace(site, name=f"chunks.{number}.{site.name}") if counts[site.name] > 1 else site
-            for site in some
-        ]
-        for number, some in enumerate(sites)
-    ]
 
 
 def _far(plugin: Integration, root: nn.Module) -> Sequence[str]:
