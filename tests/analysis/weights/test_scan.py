@@ -19,6 +19,11 @@ from tensortap_analysis.weights.sources import CheckpointError
 from tensortap_analysis.weights.stacks import worst
 
 
+def with_condition(n, condition):
+    q1, q2 = (torch.linalg.qr(torch.randn(n, n, dtype=torch.float64))[0] for _ in range(2))
+    return q1 * torch.logspace(0, -math.log10(condition), n, dtype=torch.float64) @ q2
+
+
 @pytest.fixture
 def folder(tmp_path):
     torch.manual_seed(0)
@@ -356,6 +361,40 @@ def test_an_error_in_one_file_ends_the_scan_with_its_name(folder):
     shard.write_bytes(shard.read_bytes()[:200])
     with pytest.raises(CheckpointError, match="model-00001-of-00002"):
         scope.scan("norms", parallel=2)
+
+
+def test_places_in_a_stack_begin_with_the_expert_and_shares_are_of_all_values(tmp_path):
+    torch.manual_seed(0)
+    experts = torch.randn(3, 24, 8)
+    experts[1, 5] = 0
+    experts[2, 7] = experts[2, 3]
+    experts[2, :, 6] = 0
+    save_file({"mlp.experts.down_proj": experts}, tmp_path / "x.safetensors")
+    result = Scope(tmp_path / "x.safetensors").scan(options=Options((), full_spectrum=True))
+    found = result["mlp.experts.down_proj"]["sparsity"]
+    assert found["dead_rows_at"] == [[1, 5]]
+    assert found["dead_columns_at"] == [[2, 6]]
+    assert found["duplicated_rows_at"] == [[2, 7, 3]]
+    assert found["zeros"] == 8 + 24
+    assert found["zero_fraction"] == 32 / experts.numel()
+    assert found["near_zero_fraction"] == found["near_zeros"] / experts.numel()
+    spectral = result["mlp.experts.down_proj"]["spectral"]
+    assert spectral["spectrum"] is None
+    assert "not kept of a stack" in spectral["unresolved"]["spectrum"]
+
+
+def test_a_stack_names_the_matrix_that_leaves_its_worst_value_unresolved(tmp_path):
+    torch.manual_seed(0)
+    experts = torch.stack([with_condition(24, 10.0**power) for power in (8, 12, 10)]).float()
+    save_file({"mlp.experts.down_proj": experts}, tmp_path / "x.safetensors")
+    found = Scope(tmp_path / "x.safetensors").scan("spectral")["mlp.experts.down_proj"]["spectral"]
+    worst = found["experts"]["condition_number"]["worst"]
+    assert found["unresolved"]["condition_number"].startswith(f"matrix {worst}: stored in float32")
+    experts[0] = torch.eye(24)
+    save_file({"mlp.experts.down_proj": experts}, tmp_path / "x.safetensors")
+    found = Scope(tmp_path / "x.safetensors").scan("spectral")["mlp.experts.down_proj"]["spectral"]
+    assert found["condition_number"] == pytest.approx(1)
+    assert "condition_number" not in found["unresolved"]
 
 
 def test_a_stack_of_experts_has_the_worst_of_each_metric_and_says_which(tmp_path):

@@ -17,8 +17,10 @@ _ADDED = (
     "zeros", "near_zeros", "dead_rows", "dead_columns", "duplicated_rows", "nan", "inf", "l1",
 )  # fmt: skip
 """Counts and sums: those of the stack are the sum over its matrices."""
-_DROPPED = ("spectrum", "dead_rows_at", "dead_columns_at", "duplicated_rows_at")
-"""What belongs to one matrix."""
+_SHARES = {"zero_fraction": "zeros", "near_zero_fraction": "near_zeros"}
+_PLACES = ("dead_rows_at", "dead_columns_at", "duplicated_rows_at")
+_SHOWN = 8
+"""So many places are listed, as of a single matrix."""
 
 
 def worst(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -27,8 +29,9 @@ def worst(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     A metric is that of the worst matrix whose value is resolved, or of the worst where none is (a
     sum where it counts); `experts` has, for each that differs among them, the matrix it comes
     from, the smallest, the median and the largest. A metric is unresolved where that matrix leaves
-    it so, and where any matrix has no value for it. Matrices of zeros have only counts and norms:
-    they are not the worst of anything, and `dead_experts` counts them.
+    it so, and where any matrix has no value for it. Places (`dead_rows_at`) begin with the matrix,
+    shares are of all values. Matrices of zeros have only counts and norms: they are not the worst
+    of anything, and `dead_experts` counts them.
     """
     if not parts:
         return {"unresolved": {"*": "the stack has no matrix"}, "experts": {"count": 0}}
@@ -36,9 +39,27 @@ def worst(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     alive = [{} if _directionless(part) else part for part in parts]
     used = alive if any(alive) else parts
     found = _merged(used, "", spread)
+    unresolved = _unresolved(used, spread)
     if "zeros" in found:
-        found["dead_experts"] = sum(_zero(part) for part in parts)
-    return {**found, "unresolved": _unresolved(used), "experts": spread}
+        found |= _counted(parts, found)
+    if "spectrum" in found:
+        unresolved["spectrum"] = "not kept of a stack, where each matrix has one"
+    return {**found, "unresolved": unresolved, "experts": spread}
+
+
+def _counted(parts: Sequence[dict[str, Any]], found: dict[str, Any]) -> dict[str, Any]:
+    """What follows from counts and places of all matrices."""
+    size = sum(part["rows"] * part["columns"] for part in parts)
+    places = {
+        name: [
+            [matrix, *(at if isinstance(at, list) else [at])]
+            for matrix, part in enumerate(parts)
+            for at in part[name]
+        ][:_SHOWN]
+        for name in _PLACES
+    }
+    shares = {name: found[of] / size if size else None for name, of in _SHARES.items()}
+    return {**shares, **places, "dead_experts": sum(_zero(part) for part in parts)}
 
 
 def _directionless(part: dict[str, Any]) -> bool:
@@ -51,23 +72,29 @@ def _zero(part: dict[str, Any]) -> bool:
     return bool(part["zeros"] and part["zeros"] == part["rows"] * part["columns"])
 
 
-def _unresolved(parts: Sequence[dict[str, Any]]) -> dict[str, str]:
+def _unresolved(parts: Sequence[dict[str, Any]], spread: dict[str, Any]) -> dict[str, str]:
+    """By metric: of a matrix that has no value, else of the one that the value comes from."""
+    given = [part.get("unresolved", {}) for part in parts]
+    given = [part.get("unresolved", {}) for part in parts]
     reasons: dict[str, str] = {}
-    for index, part in enumerate(parts):
-        for metric, reason in part.get("unresolved", {}).items():
-            resolved = any(
-                other.get(metric) is not None and metric not in other.get("unresolved", {})
-                for other in parts
-            )
-            if part.get(metric) is None or not resolved or metric in _ADDED:
-                reasons.setdefault(metric, f"matrix {index}: {reason}")
+    for metric in dict.fromkeys(metric for some in given for metric in some):
+        unsure = [index for index, some in enumerate(given) if metric in some]
+        lost = [index for index in unsure if parts[index].get(metric) is None]
+        known = [index for index, part in enumerate(parts) if part.get(metric) is not None]
+        if lost or metric in _ADDED or set(known) <= set(unsure):
+            source = spread.get(metric, {}).get("worst", unsure[0])
+            index = lost[0] if lost else source if source in unsure else unsure[0]
+            reasons[metric] = f"matrix {index}: {given[index][metric]}"
     return reasons
 
 
 def _merged(parts: Sequence[dict[str, Any]], path: str, spread: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for metric in dict.fromkeys(metric for part in parts for metric in part):
-        if metric == "unresolved" or metric in _DROPPED:
+        if metric == "unresolved" or metric in _PLACES:
+            continue
+        if metric == "spectrum":
+            found[metric] = None
             continue
         values = _resolved([part.get(metric) for part in parts], parts, metric)
         first = next((value for value in values if value is not None), None)
