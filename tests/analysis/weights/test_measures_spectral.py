@@ -347,7 +347,7 @@ def test_numpy_gets_its_threads_back() -> None:
     found = blas._openblas()
     if found is None:
         pytest.skip("numpy has another BLAS here")
-    get, put = found
+    get, put = found.get, found.put
     before = get()
     try:
         put(2)

@@ -13,7 +13,15 @@ from tests.analysis.weights.checkpoints import safetensors_folder, small_state
 from torch import nn
 
 from tensortap.errors import ConfigError, SelectionError
-from tensortap_analysis.weights import METHODS, Options, ReportError, ScanResult, Scope, scanning
+from tensortap_analysis.weights import (
+    METHODS,
+    Options,
+    ReportError,
+    ScanResult,
+    Scope,
+    pool,
+    scanning,
+)
 from tensortap_analysis.weights.health import health
 from tensortap_analysis.weights.sources import CheckpointError
 from tensortap_analysis.weights.stacks import worst
@@ -69,6 +77,43 @@ def test_the_number_of_threads_does_not_change_numbers_and_is_given_back(folder)
         assert torch.get_num_threads() == 2
         torch.set_num_threads(1)
         assert Scope(folder).scan() == two
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("first_to_end", [0, 1])
+def test_two_scans_at_once_give_the_number_of_threads_back(folder, monkeypatch, first_to_end):
+    both, ended, seen = threading.Barrier(2, timeout=20), threading.Event(), {}
+    real = scanning.measured
+
+    def measured(weight, methods, options):
+        if weight.layer == "lm_head":
+            both.wait()
+            if len(methods) - 1 != first_to_end:
+                assert ended.wait(20)
+        return real(weight, methods, options)
+
+    def scan(number):
+        assert torch.get_num_threads() == 2  # From now on this thread has its own number.
+        Scope(folder).scan(["norms", "sparsity"][: number + 1], parallel=1)
+        seen[number] = torch.get_num_threads()
+        ended.set()
+
+    monkeypatch.setattr(scanning, "measured", measured)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        scans = [threading.Thread(target=scan, args=(number,)) for number in (0, 1)]
+        for one in scans:
+            one.start()
+        for one in scans:
+            one.join()
+        assert seen == {0: 2, 1: 2}
+        fresh = []
+        thread = threading.Thread(target=lambda: fresh.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert (fresh, torch.get_num_threads()) == ([2], 2)
     finally:
         torch.set_num_threads(before)
 
@@ -353,6 +398,25 @@ def test_a_live_module_is_scanned_without_a_journal(tmp_path):
 def test_a_folder_that_is_not_there_is_said_before_anything_is_measured(folder, tmp_path):
     with pytest.raises(ConfigError, match="there is no folder"):
         Scope(folder).scan(output=tmp_path / "no" / "r.json")
+
+
+def test_what_is_finished_beside_an_error_is_handed_on():
+    both, handed = threading.Barrier(2, timeout=20), []
+
+    def work(job):
+        both.wait()
+        if job == "broken":
+            raise CheckpointError("broken")
+        return job
+
+    for jobs in (("broken", "fine"), ("fine", "broken")):
+        wait = pool.wait
+        with pytest.MonkeyPatch.context() as patch:
+            # Both have ended when either is looked at.
+            patch.setattr(pool, "wait", lambda futures, return_when, wait=wait: wait(futures))
+            with pytest.raises(CheckpointError):
+                pool.in_workers(jobs, work, parallel=2, done=lambda job, _: handed.append(job))
+    assert handed == ["fine", "fine"]
 
 
 def test_an_error_in_one_file_ends_the_scan_with_its_name(folder):

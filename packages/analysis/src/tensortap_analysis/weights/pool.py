@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from itertools import islice
 from typing import TypeVar
 
 import torch
+
+from tensortap_analysis.weights.threads import OneThread
 
 Job = TypeVar("Job")
 Found = TypeVar("Found")
@@ -37,11 +38,11 @@ def in_workers(
 ) -> None:
     """Call `work` for each job; `done` is called in this thread, as each is finished.
 
-    Jobs are begun in their order. An error in one ends all; what is finished by then has been
-    handed to `done`.
+    Jobs are begun in their order. An error in one ends all, after what was finished beside it has
+    been handed to `done`.
     """
     coming, count = iter(jobs), workers(parallel)
-    with _one_thread(), ThreadPoolExecutor(count, initializer=_alone) as pool:
+    with _TORCH.used(), ThreadPoolExecutor(count, initializer=_alone) as pool:
         waiting: dict[Future[Found], Job] = {}
 
         def submit(some: int) -> None:
@@ -51,7 +52,7 @@ def in_workers(
         try:
             while waiting:
                 finished, _ = wait(waiting, return_when=FIRST_COMPLETED)
-                for future in finished:
+                for future in sorted(finished, key=_failed):
                     done(waiting.pop(future), future.result())
                 submit(len(finished))
         except BaseException:
@@ -59,16 +60,25 @@ def in_workers(
             raise
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """One number of threads holds for the whole process: give it back as it was."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def _failed(future: Future[Found]) -> bool:
+    return future.exception() is not None
 
 
 def _alone() -> None:
     torch.set_num_threads(1)
+
+
+def _get() -> int:
+    with ThreadPoolExecutor(1) as other:
+        return other.submit(torch.get_num_threads).result()
+
+
+def _put(count: int) -> None:
+    """From a thread of its own: part of what torch sets is that of the calling thread, which may
+    not be the one to set it back.
+    """
+    with ThreadPoolExecutor(1) as other:
+        other.submit(torch.set_num_threads, count).result()
+
+
+_TORCH = OneThread(_get, _put)

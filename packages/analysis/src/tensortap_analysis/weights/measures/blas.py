@@ -7,24 +7,16 @@ cores as well, and add numbers up in an order that depends on how many there are
 from __future__ import annotations
 
 import ctypes
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
+from tensortap_analysis.weights.threads import OneThread
+
 _PREFIXES, _SUFFIXES = ("scipy_openblas", "openblas"), ("64_", "_64", "")
-_Threads = tuple[Callable[[], int], Callable[[int], None]]
-
-
-class _Users:
-    """Measures that run now, and how many threads there were before the first of them."""
-
-    lock = threading.Lock()
-    count = 0
-    before = 1
 
 
 @contextmanager
@@ -34,27 +26,13 @@ def one_thread() -> Iterator[None]:
     Another BLAS (Accelerate, MKL) is left as it is.
     """
     found = _openblas()
-    if found is None:
+    with nullcontext() if found is None else found.used():
         yield
-        return
-    get, put = found
-    with _Users.lock:
-        if _Users.count == 0:
-            _Users.before = get()
-            put(1)
-        _Users.count += 1
-    try:
-        yield
-    finally:
-        with _Users.lock:
-            _Users.count -= 1
-            if _Users.count == 0:
-                put(_Users.before)
 
 
 @lru_cache(maxsize=1)
-def _openblas() -> _Threads | None:
-    """Functions to get and set the number of threads of the OpenBLAS in numpy's wheel."""
+def _openblas() -> OneThread | None:
+    """The number of threads of the OpenBLAS in numpy's wheel; `None` for another BLAS."""
     package = Path(np.__file__).parent
     folders = (package.parent / "numpy.libs", package / ".dylibs")
     for path in (path for folder in folders for path in sorted(folder.glob("*openblas*"))):
@@ -66,5 +44,5 @@ def _openblas() -> _Threads | None:
                 put = getattr(library, f"{prefix}_set_num_threads{suffix}", None)
                 if get is not None and put is not None:
                     put.restype = None
-                    return get, put
+                    return OneThread(get, put)
     return None
