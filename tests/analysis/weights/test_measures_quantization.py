@@ -50,6 +50,39 @@ def heavy_tailed(rows: int, columns: int, seed: int = 0) -> Doubles:
     return np.random.default_rng(seed).standard_t(4, (rows, columns)) * 0.1
 
 
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [
+        (torch.float32, 1e-41), (torch.float32, 1e-36), (torch.float32, 1e38),
+        (torch.bfloat16, 3e-39), (torch.bfloat16, 1e-32), (torch.float16, 1e-6),
+        (torch.float64, 1e-310), (torch.float64, 1e-200), (torch.float64, 1e307),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_values_at_the_ends_of_their_dtype_have_the_numbers_of_any_others(
+    dtype: torch.dtype, size: float
+) -> None:
+    values = np.random.default_rng(0).uniform(-1, 1, (40, 30))
+    matrix = stored(values * size, dtype)
+    exact = as_stored(matrix)
+    # In float64 and near 1, where numpy loses nothing.
+    exact = np.ldexp(exact, -int(np.frexp(np.abs(exact).max())[1]))
+    found = measure(matrix, dtype, ["quantization"], Options(("int8", "mxfp8")))["quantization"]
+    assert found["sqnr_db"] == pytest.approx(
+        sqnr_oracle(exact, int8_oracle(exact, axis=None)), abs=0.01
+    )
+    assert found["sqnr_db_per_channel"] == pytest.approx(
+        sqnr_oracle(exact, int8_oracle(exact, axis=1)), abs=0.01
+    )
+    expected = distribution_oracle(exact)
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-6)
+    if size in (1e38, 1e-6):
+        assert found["formats"]["int8"] == found["sqnr_db"]
+    else:
+        assert found["formats"] == {"int8": None, "mxfp8": None}
+        assert "scales of formats would be lost" in found["unresolved"]["formats"]
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("shape", [(70, 50), (1, 300), (300, 1), (3, 70_000)], ids=str)
 def test_the_distribution_is_what_numpy_says(shape: tuple[int, int], dtype: torch.dtype) -> None:

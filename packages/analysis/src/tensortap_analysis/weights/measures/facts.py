@@ -21,6 +21,9 @@ NEAR_ZERO = 1e-3
 """Near zero is what is at most this times the root mean square of the matrix."""
 _BIG, _UNIT = 2.0**480, 2.0**600
 
+_TINY = 2.0**-100
+"""Scales of matrices with nothing larger are no normal numbers of float32."""
+
 ALL_ZERO = "all values are 0"
 
 
@@ -49,6 +52,26 @@ class Facts:
             return 1.0
         largest = self.statistics.absmax or 1.0
         return 1 / _UNIT if largest > _BIG else _UNIT if largest < 1 / _BIG else 1.0
+
+    @property
+    def extreme(self) -> str | None:
+        """Why values at the ends of their dtype cannot be rounded to formats, or `None`."""
+        largest = self.statistics.absmax
+        wide = self.matrix.dtype is torch.float64
+        if not largest or (1 / _BIG <= largest <= _BIG if wide else largest >= _TINY):
+            return None
+        return f"its largest value is {largest:.3g}: scales of formats would be lost"
+
+    @cached_property
+    def scaled(self) -> Facts:
+        """The same values times a power of two, so that the largest is about 1, if `extreme`."""
+        if self.extreme is None:
+            return self
+        power = -math.frexp(self.statistics.absmax or 1.0)[1]
+        # In two steps: 2^1074 itself is no number.
+        return Facts(
+            (self.matrix * 2.0 ** (power // 2)).mul_(2.0 ** (power - power // 2)), self.dtype
+        )
 
     @property
     def rows(self) -> Rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from tensortap import formats
@@ -21,16 +22,19 @@ def quantization(facts: Facts, options: Options) -> dict[str, Any]:
     `extreme_outlier_percentage`: of |w - mean| > 3 std. `dynamic_range`: max |w| / mean |w|;
     `dynamic_range_rms`: max |w| / rms. `kurtosis` is Pearson's: a normal distribution has 3.
     `sqnr_db`: of symmetric int8 with one scale, `sqnr_db_per_channel`: with one scale a row, and
-    in `formats` of each format that is asked for, blocks lying along the rows.
+    in `formats` of each format that is asked for, blocks lying along the rows. All but `formats`
+    do not depend on the scale, and are computed of values near 1 where those are `extreme`.
     """
     if facts.unusable is not None:
         return nothing(_METRICS, facts.unusable)
-    found = _distribution(facts) | _rounding(facts, options)
+    wanted = () if facts.extreme else options.formats
+    found = _distribution(facts.scaled) | _rounding(facts.scaled, wanted)
+    found["formats"] = dict.fromkeys(options.formats) | found["formats"]
     reasons = {"kurtosis": "all values are equal"}
     missing = [name for name in _METRICS if found[name] is None]
     reason = facts.all_zero
     unresolved = {name: reason or reasons[name] for name in missing}
-    if reason is not None and options.formats:
+    if (reason := reason or facts.extreme) is not None and options.formats:
         unresolved["formats"] = reason
     return found | {"unresolved": unresolved}
 
@@ -49,13 +53,13 @@ def _distribution(facts: Facts) -> dict[str, float | None]:
     }
 
 
-def _rounding(facts: Facts, options: Options) -> dict[str, Any]:
+def _rounding(facts: Facts, wanted: Sequence[str]) -> dict[str, Any]:
     signal = float(facts.rows.rows["squares"].sum())
-    codecs = {name: formats.get(name) for name in dict.fromkeys(("int8", *options.formats))}
+    codecs = {name: formats.get(name) for name in dict.fromkeys(("int8", *wanted))}
     noise = noises(facts, codecs)
     found = {name: sqnr_db(signal, noise[name]) for name in codecs}
     return {
         "sqnr_db": found["int8"],
         "sqnr_db_per_channel": sqnr_db(signal, float(facts.rows.rows["noise"].sum())),
-        "formats": {name: found[name] for name in options.formats},
+        "formats": {name: found[name] for name in wanted},
     }
