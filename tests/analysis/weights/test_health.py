@@ -119,6 +119,11 @@ def test_a_model_that_exploded_or_vanished_in_all_layers_warns_in_each(tmp_path,
     }
 
 
+def test_norms_beyond_float64_have_exploded(tmp_path):
+    state = {"x": torch.rand(8, 8, dtype=torch.float64) * 1e308}
+    assert found(tmp_path, state) == {("x", "norm"): "warning"}
+
+
 def test_classic_warns_of_a_layer_unlike_its_peers(tmp_path):
     state = {f"layers.{n}.q": torch.randn(32, 32) / 6 for n in range(6)}
     state["layers.3.q"] = state["layers.3.q"] * 50

@@ -242,3 +242,12 @@ def test_any_matrix_agrees_with_numpy(
     if values.any():
         lengths, known = norms(matrix), norms_oracle(values)
         assert {name: lengths[name] for name in known} == pytest.approx(known, rel=1e-7, abs=1e-12)
+
+
+def test_norms_beyond_float64_are_unresolved() -> None:
+    matrix = stored(np.random.default_rng(0).uniform(0.5, 1, (40, 30)) * 1.7e308, torch.float64)
+    found = measure(matrix, torch.float64, ["norms", "spectral"], Options())
+    beyond = {"l1", "l2", "row_norm_min", "row_norm_max", "row_norm_mean", "row_norm_median"}
+    assert set(found["norms"]["unresolved"]) == beyond
+    assert set(found["spectral"]["unresolved"]) >= {"s_max", "spectral_norm"}
+    assert set(found["spectral"]["unresolved"].values()) == {"larger than any number of float64"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 
 from tensortap_analysis.weights.health.issue import Issue, Layer, Limits
@@ -58,8 +59,9 @@ def _gains(layer: Layer, limits: Limits) -> Iterator[Issue]:
 def _size(layer: Layer) -> float | None:
     """Root mean square of the values; `None` for zeros, which have a rule of their own."""
     l2 = layer.get("norms", "l2")
-    known = l2 and math.isfinite(l2) and layer.facts.numel
-    return l2 / math.sqrt(layer.facts.numel) if known else None
+    if not l2 or not layer.facts.numel:
+        return None
+    return float(min(l2, sys.float_info.max)) / math.sqrt(layer.facts.numel)
 
 
 def _groups(layers: Sequence[Layer]) -> list[list[tuple[Layer, float]]]:

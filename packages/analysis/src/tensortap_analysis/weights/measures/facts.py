@@ -25,6 +25,7 @@ _TINY = 2.0**-100
 """Scales of matrices with nothing larger are no normal numbers of float32."""
 
 ALL_ZERO = "all values are 0"
+BEYOND = "larger than any number of float64"
 
 
 class Facts:
@@ -144,6 +145,11 @@ def nothing(names: Iterable[str], reason: str) -> dict[str, Any]:
     """Metrics that do not exist, and why."""
     names = list(names)
     return dict.fromkeys(names) | {"unresolved": dict.fromkeys(names, reason)}
+
+
+def overflown(lengths: Mapping[str, float | None]) -> dict[str, str]:
+    """Norms of finite values that are infinite all the same, and why."""
+    return {name: BEYOND for name, length in lengths.items() if length == math.inf}
 
 
 def ratio(numerator: float, denominator: float) -> float | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tensortap_analysis.weights.measures.facts import Facts, nothing
+from tensortap_analysis.weights.measures.facts import ALL_ZERO, Facts, nothing, overflown
 from tensortap_analysis.weights.options import Options
 
 _METRICS = (
@@ -28,18 +28,20 @@ def norms(facts: Facts, options: Options) -> dict[str, Any]:
     whole = {
         "l1": found.l1, "l2": found.l2, "max": found.absmax, "mean": found.mean, "std": found.std,
     }  # fmt: skip
-    return whole | _of_rows(facts) | counts
+    of_rows, unresolved = _of_rows(facts)
+    lengths = whole | of_rows
+    return lengths | counts | {"unresolved": overflown(lengths) | unresolved}
 
 
-def _of_rows(facts: Facts) -> dict[str, Any]:
+def _of_rows(facts: Facts) -> tuple[dict[str, Any], dict[str, str]]:
+    """Metrics of the rows' norms, and what of them is unresolved."""
     lengths = facts.rows.norms
     mean = float(lengths.mean())
-    unresolved = {} if mean else {"row_norm_spread": "all values are 0"}
-    return {
+    found = {
         "row_norm_min": float(lengths.min()) / facts.unit,
         "row_norm_max": float(lengths.max()) / facts.unit,
         "row_norm_mean": mean / facts.unit,
         "row_norm_median": float(np.median(lengths)) / facts.unit,
         "row_norm_spread": float(lengths.std()) / mean if mean else None,
-        "unresolved": unresolved,
     }
+    return found, {} if mean else {"row_norm_spread": ALL_ZERO}

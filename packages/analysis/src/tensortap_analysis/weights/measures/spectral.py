@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tensortap_analysis.weights.measures.facts import Facts, nothing
+from tensortap_analysis.weights.measures.facts import Facts, nothing, overflown
 from tensortap_analysis.weights.measures.gram import Spectrum, spectrum
 from tensortap_analysis.weights.measures.resolution import resolution
 from tensortap_analysis.weights.options import Options
@@ -43,7 +43,8 @@ def spectral(facts: Facts, options: Options) -> dict[str, Any]:
     found = spectrum(facts.matrix, facts.unit)
     reach = resolution(facts, found)
     tolerance = max(reach, _of_arithmetic(facts, found))
-    values = found.values / facts.unit
+    with np.errstate(over="ignore"):
+        values = found.values / facts.unit
     return (
         _conditioning(found, reach, facts)
         | _ranks(found.values, tolerance)
@@ -65,14 +66,17 @@ def _conditioning(found: Spectrum, reach: float, facts: Facts) -> dict[str, Any]
             "s_min": f"stored in {dtype}, whose rounding alone moves singular values by "
             f"{reach / facts.unit:.3g}",
         }
-    return {
+    ends = {
         "s_max": largest / facts.unit,
         "s_min": smallest / facts.unit,
         "spectral_norm": largest / facts.unit,
+    }
+    return {
+        **ends,
         "condition_number": largest / smallest if smallest else math.inf,
         "condition_number_at_least": _at_least(found, reach),
         "resolution": reach / facts.unit,
-        "unresolved": unresolved,
+        "unresolved": overflown(ends) | unresolved,
     }
 
 
