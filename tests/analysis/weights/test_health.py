@@ -109,19 +109,20 @@ def test_classic_notes_dead_rows_however_many(tmp_path):
 
 @pytest.mark.parametrize("preset", ["classic", "default"])
 @pytest.mark.parametrize("factor", [1e-6, 1e6])
-def test_a_model_that_exploded_or_vanished_in_all_layers_warns_in_each(tmp_path, preset, factor):
+def test_a_model_that_exploded_or_vanished_in_all_layers_is_told_for_each(tmp_path, preset, factor):
     state = {f"layers.{n}.q": torch.randn(32, 32) / 6 * factor for n in range(5)}
     state["alone"] = torch.randn(32, 32) / 6 * factor
     state["embed_tokens"] = torch.randn(32, 32) * factor
     issues = found(tmp_path, state, preset)
-    assert {key for key, severity in issues.items() if severity == "warning"} == {
-        (layer, "norm") for layer in state if layer != "embed_tokens"
+    severity = "critical" if factor > 1 else "warning"
+    assert {key: found for key, found in issues.items() if found != "info"} == {
+        (layer, "norm"): severity for layer in state if layer != "embed_tokens"
     }
 
 
 def test_norms_beyond_float64_have_exploded(tmp_path):
     state = {"x": torch.rand(8, 8, dtype=torch.float64) * 1e308}
-    assert found(tmp_path, state) == {("x", "norm"): "warning"}
+    assert found(tmp_path, state) == {("x", "norm"): "critical"}
 
 
 def test_classic_warns_of_a_layer_unlike_its_peers(tmp_path):
@@ -300,7 +301,8 @@ def test_few_layers_have_no_peers(tmp_path):
 def test_a_low_rank_is_noted_by_its_energy_and_its_rank(tmp_path):
     x = torch.randn(64, 4, dtype=torch.float64) @ torch.randn(4, 64, dtype=torch.float64)
     issues = found(tmp_path, {"exact": x, "full": torch.randn(64, 64)})
-    assert issues["exact", "rank"] == issues["exact", "redundancy"] == "info"
+    assert issues["exact", "rank"] == "warning"
+    assert issues["exact", "redundancy"] == "info"
     assert not any(layer == "full" for layer, _ in issues)
 
 

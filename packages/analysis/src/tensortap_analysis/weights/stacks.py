@@ -15,10 +15,14 @@ _LOWER_IS_WORSE = (
 )  # fmt: skip
 _ADDED = (
     "zeros", "near_zeros", "dead_rows", "dead_columns", "duplicated_rows", "nan", "inf", "l1",
+    "outlier_rows", "outlier_columns",
 )  # fmt: skip
 """Counts and sums: those of the stack are the sum over its matrices."""
 _SHARES = {"zero_fraction": "zeros", "near_zero_fraction": "near_zeros"}
-_PLACES = ("dead_rows_at", "dead_columns_at", "duplicated_rows_at")
+_PLACES = (
+    "dead_rows_at", "dead_columns_at", "duplicated_rows_at", "outlier_rows_at",
+    "outlier_columns_at",
+)  # fmt: skip
 _SHOWN = 8
 """So many places are listed, as of a single matrix."""
 
@@ -40,6 +44,7 @@ def worst(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     used = alive if any(alive) else parts
     found = _merged(used, "", spread)
     unresolved = _unresolved(used, spread)
+    found |= _places(parts)
     if "zeros" in found:
         found |= _counted(parts, found)
     if "spectrum" in found:
@@ -47,19 +52,26 @@ def worst(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {**found, "unresolved": unresolved, "experts": spread}
 
 
-def _counted(parts: Sequence[dict[str, Any]], found: dict[str, Any]) -> dict[str, Any]:
-    """What follows from counts and places of all matrices."""
-    size = sum(part["rows"] * part["columns"] for part in parts)
-    places = {
-        name: [
+def _places(parts: Sequence[dict[str, Any]]) -> dict[str, list[list[Any]]]:
+    """Where something is, the matrix first; outliers by how far they are."""
+    found = {}
+    for name in (name for name in _PLACES if name in parts[0]):
+        places = [
             [matrix, *(at if isinstance(at, list) else [at])]
             for matrix, part in enumerate(parts)
             for at in part[name]
-        ][:_SHOWN]
-        for name in _PLACES
-    }
+        ]
+        if name.startswith("outlier"):
+            places.sort(key=lambda place: -place[-1])
+        found[name] = places[:_SHOWN]
+    return found
+
+
+def _counted(parts: Sequence[dict[str, Any]], found: dict[str, Any]) -> dict[str, Any]:
+    """What follows from the counts of all matrices."""
+    size = sum(part["rows"] * part["columns"] for part in parts)
     shares = {name: found[of] / size if size else None for name, of in _SHARES.items()}
-    return {**shares, **places, "dead_experts": sum(_zero(part) for part in parts)}
+    return {**shares, "dead_experts": sum(_zero(part) for part in parts)}
 
 
 def _directionless(part: dict[str, Any]) -> bool:

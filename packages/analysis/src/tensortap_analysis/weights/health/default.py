@@ -10,6 +10,8 @@ They differ from the older guide's thresholds (`classic`) where those are wrong:
   scale for all a perfect normal matrix of 4096 x 4096 has 37.8 dB.
 - A stable rank falls with a single large singular value. What can be compressed is judged by the
   rank that holds 99 % of the energy.
+- The rank that the stored dtype can tell from rounding is less than full of any matrix in 4 bits;
+  it is held against what a random matrix of the shape would have left.
 - The score is an average over layers, so that it means the same for small and large models.
 """
 
@@ -20,6 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from tensortap_analysis.weights.health import peers, values
 from tensortap_analysis.weights.health.issue import Issue, Layer, Limits, Rule, over
+from tensortap_analysis.weights.health.outliers import standing_out
 
 LIMITS: Mapping[str, float] = {
     "condition_ratio": 1000.0,
@@ -28,10 +31,13 @@ LIMITS: Mapping[str, float] = {
     "sqnr_tensor": 30.0,
     "energy_rank": 0.25,
     "rank": 0.95,
+    "rank_warning": 0.25,
     **values.LIMITS,
     **peers.LIMITS,
 }
 _PENALTY = {"critical": 1.0, "warning": 0.3, "info": 0.0}
+_TRAINED, _STEPS = 2.0, 64
+"""Spectra of trained matrices fall to half of what random ones have in their tail, say."""
 _CAP = 59.0
 """Where anything is critical, the model is never called good: the average would hide it."""
 
@@ -103,6 +109,7 @@ def _channel_sqnr(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
         severe = value < limits["sqnr_critical"]
         limit = limits["sqnr_critical" if severe else "sqnr_warning"]
         cause = f"int8 leaves {value:.1f} dB even with a scale for each channel."
+        cause += standing_out(layer)
         remedy = (
             "Keep it in bfloat16, or use a format with small blocks; --recommend quant says which."
         )
@@ -118,6 +125,7 @@ def _tensor_sqnr(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
         if value is None or channel is None or value >= limit or channel < limits["sqnr_warning"]:
             continue
         cause = f"int8 leaves {value:.1f} dB with one scale, {channel:.1f} dB with one a channel."
+        cause += standing_out(layer)
         remedy = "Quantise it per channel, or in blocks."
         yield Issue(layer.name, "sqnr_tensor", "info", cause, remedy, value, limit,
                     10 ** ((limit - value) / 20))  # fmt: skip
@@ -138,13 +146,65 @@ def _redundancy(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
 def _deficiency(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
     for layer in layers:
         rank, full = layer.get("spectral", "total_rank"), layer.get("spectral", "full_rank")
-        if rank is None or not full or layer.zero or rank / full >= limits["rank"]:
+        if rank is None or not full or layer.zero:
             continue
-        cause = f"Its rank is {rank} of {full}: the rest is rounding."
-        remedy = "Expected of merged or pruned weights; else look for dead or copied rows."
-        limit = limits["rank"]
-        yield Issue(layer.name, "rank", "info", cause, remedy, rank / full, limit,
-                    over(limit, rank / full))  # fmt: skip
+        expected = full * (1 - _below_tolerance(layer)) - _dead(layer)
+        if rank >= limits["rank"] * expected:
+            continue
+        # Tables of sines, which tell positions, have few directions by design.
+        severe = rank < limits["rank_warning"] * expected and layer.facts.kind != "embedding"
+        limit = limits["rank_warning" if severe else "rank"]
+        cause = (
+            f"Its rank is {rank:,} of {full:,}: {full - rank:,} directions carry nothing that "
+            f"{layer.facts.dtype} can tell from rounding."
+        )
+        remedy = (
+            "Expected of merged, factorised or pruned weights; else look for copied rows, or for "
+            "inputs or gradients that collapsed."
+        )
+        share = rank / expected
+        yield Issue(layer.name, "rank", "warning" if severe else "info", cause, remedy, share,
+                    limit, over(limit, share))  # fmt: skip
+
+
+def _dead(layer: Layer) -> int:
+    """Directions that all-zero rows and columns, which have a rule of their own, take away."""
+    if layer.count != 1:
+        return 0
+    dead = [layer.get("sparsity", what) or 0 for what in ("dead_rows", "dead_columns")]
+    sides = [layer.outputs - dead[0], layer.inputs - dead[1]]
+    return max(0, min(layer.outputs, layer.inputs) - min(sides))
+
+
+def _below_tolerance(layer: Layer) -> float:
+    """The share of singular values that rounding hides in a healthy matrix of this shape."""
+    stable, largest = layer.get("spectral", "stable_rank"), layer.get("spectral", "s_max")
+    tolerance = layer.get("spectral", "rank_tolerance")
+    if not stable or not largest or not tolerance:
+        return 0.0
+    # ||W||_F / sqrt(short side) is what all singular values have in the root mean square.
+    usual = largest * math.sqrt(stable / layer.get("spectral", "full_rank"))
+    return hidden(_TRAINED * tolerance / usual, layer.outputs, layer.inputs)
+
+
+def hidden(tolerance: float, rows: int, columns: int) -> float:
+    """The share of a random matrix's singular values below `tolerance` times their rms.
+
+    By the law of Marchenko and Pastur (1967) for their squares: with g the ratio of the sides,
+    between (1 - sqrt(g))^2 and (1 + sqrt(g))^2 with the density
+    sqrt((x - low) (high - x)) / (2 pi g x).
+    """
+    small, large = min(rows, columns), max(rows, columns)
+    ratio = small / large if large else 1.0
+    low, high = (1 - math.sqrt(ratio)) ** 2, (1 + math.sqrt(ratio)) ** 2
+    edge = min(tolerance, math.sqrt(high))
+    if edge <= math.sqrt(low):
+        return 0.0
+    # In s = sqrt(x), where a square matrix has no pole: the midpoint rule is enough.
+    step = (edge - math.sqrt(low)) / _STEPS
+    points = [(math.sqrt(low) + (at + 0.5) * step) for at in range(_STEPS)]
+    density = (math.sqrt((s * s - low) * (high - s * s)) / (math.pi * ratio * s) for s in points)
+    return min(1.0, step * math.fsum(density))
 
 
 RULES: Mapping[str, Rule] = {

@@ -72,6 +72,11 @@ class Layer:
         return shape[0] if self.facts.stored == "in out" else math.prod(shape[1:])
 
     @property
+    def outputs(self) -> int:
+        """How many values it makes: the rows of the matrix that is measured."""
+        return self.facts.numel // max(self.count * self.inputs, 1)
+
+    @property
     def role(self) -> str:
         """`self_attn.q_proj` of `model.layers.3.self_attn.q_proj`: what layers have in common."""
         return _AFTER_LAYER.sub("", self.name)

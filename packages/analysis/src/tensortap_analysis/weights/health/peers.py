@@ -7,12 +7,15 @@ import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 
-from tensortap_analysis.weights.health.issue import Issue, Layer, Limits
+from tensortap_analysis.weights.health.issue import Issue, Layer, Limits, Severity
+from tensortap_analysis.weights.health.outliers import explains, standing_out
 
 LIMITS: Mapping[str, float] = {
     "norm_ratio": 4.0,
+    "norm_critical": 100.0,
     "norm_spreads": 6.0,
     "gain_high": 100.0,
+    "gain_critical": 1e4,
     "gain_low": 1e-4,
 }
 _PRODUCTS = ("linear", "convolution", "experts")
@@ -27,33 +30,53 @@ def norms(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
     the logarithm: where norms grow or fall with the depth, all are ordinary. Where all have
     exploded, or there are no peers, the gain tells: outputs over independent inputs, which is 0.5
     to 2 after any usual initialisation and is judged beyond `gain_high` and below `gain_low`.
+
+    An explosion is critical beyond `norm_critical` times its peers, or `norm_critical` times the
+    median gain of all layers with a gain beyond `gain_high`: training does not take one layer
+    there, and outputs so large are all that the layers after it see. It is critical beyond
+    `gain_critical` whatever the others have: two such layers end float16.
     """
-    alone = {issue.layer: issue for layer in layers for issue in _gains(layer, limits)}
-    yield from alone.values()
+    found: dict[str, Issue] = {}
+    for issue in (*_unlike_peers(layers, limits), *_gains(layers, limits)):
+        before = found.get(issue.layer)
+        # The first one names the peers; the second counts where it is worse.
+        if before is None or (issue.severity, before.severity) == ("critical", "warning"):
+            found[issue.layer] = issue
+    yield from found.values()
+
+
+def _unlike_peers(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
     for group in _groups(layers):
         logs = {layer.name: math.log(size) for layer, size in group}
         median = statistics.median(logs.values())
         spread = statistics.median(abs(log - median) for log in logs.values())
         limit = max(math.log(limits["norm_ratio"]), limits["norm_spreads"] * spread)
         for layer, size in group:
-            if layer.name not in alone and abs(logs[layer.name] - median) > limit:
-                yield _issue(layer, size, math.exp(median), math.exp(limit))
+            if abs(logs[layer.name] - median) > limit:
+                yield _unlike(layer, size, math.exp(median), math.exp(limit), limits)
 
 
-def _gains(layer: Layer, limits: Limits) -> Iterator[Issue]:
+def _gains(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
+    gains = {layer.name: gain for layer in layers if (gain := _gain(layer)) is not None}
+    usual = statistics.median(gains.values()) if len(gains) >= _FEWEST else math.inf
+    high, low = limits["gain_high"], limits["gain_low"]
+    for layer in layers:
+        gain = gains.get(layer.name, 1.0)
+        if low <= gain <= high or (gain < low and "lora_b" in layer.name.lower()):
+            continue
+        cause = (
+            f"Its outputs are {gain:.3g} times its inputs, for independent ones: it has "
+            f"{'exploded' if gain > high else 'vanished'}."
+        )
+        far = gain > high and gain > limits["norm_critical"] * usual
+        severe = far or gain > limits["gain_critical"]
+        limit = high if gain > high else low
+        yield _issue(layer, cause, severe, gain, limit, max(gain / limit, limit / gain))
+
+
+def _gain(layer: Layer) -> float | None:
     size = None if layer.vector or layer.facts.kind not in _PRODUCTS else _size(layer)
-    if size is None:
-        return
-    gain, high, low = size * math.sqrt(layer.inputs), limits["gain_high"], limits["gain_low"]
-    if low <= gain <= high or (gain < low and "lora_b" in layer.name.lower()):
-        return
-    cause = (
-        f"Its outputs are {gain:.3g} times its inputs, for independent ones: it has "
-        f"{'exploded' if gain > high else 'vanished'}."
-    )
-    limit = high if gain > high else low
-    yield Issue(layer.name, "norm", "warning", cause, _REMEDIES[gain > high], gain, limit,
-                max(gain / limit, limit / gain))  # fmt: skip
+    return None if size is None else size * math.sqrt(layer.inputs)
 
 
 def _size(layer: Layer) -> float | None:
@@ -74,18 +97,33 @@ def _groups(layers: Sequence[Layer]) -> list[list[tuple[Layer, float]]]:
     return [group for group in groups.values() if len(group) >= _FEWEST]
 
 
-def _issue(layer: Layer, size: float, usual: float, limit: float) -> Issue:
+def _unlike(layer: Layer, size: float, usual: float, limit: float, limits: Limits) -> Issue:
     ratio = size / usual
     times = f"{ratio:.3g}x" if ratio > 1 else f"1/{1 / ratio:.3g} of"
+    what = "vanished" if ratio < 1 else "grown in a few places" if explains(layer) else "exploded"
     cause = (
         f"Its root mean square is {size:.3g}, {times} the median of the other "
-        f"{layer.role} ({usual:.3g}): it has {'exploded' if ratio > 1 else 'vanished'}."
+        f"{layer.role} ({usual:.3g}): it has {what}."
     )
-    excess = max(ratio, 1 / ratio) / limit
-    return Issue(layer.name, "norm", "warning", cause, _REMEDIES[ratio > 1], ratio, limit, excess)
+    severe = ratio > max(limits["norm_critical"], limit)
+    return _issue(layer, cause, severe, ratio, limit, max(ratio, 1 / ratio) / limit)
 
 
-_REMEDIES = {
-    True: "Clip gradients and lower its learning rate.",
-    False: "Check its initialisation, its weight decay, and whether gradients reach it.",
-}
+def _issue(
+    layer: Layer, cause: str, severe: bool, value: float, limit: float, excess: float
+) -> Issue:
+    if value > 1:
+        cause += standing_out(layer)
+        remedy = _IN_PLACES if explains(layer) else _EXPLODED
+    else:
+        remedy = _VANISHED
+    severity: Severity = "critical" if severe else "warning"
+    return Issue(layer.name, "norm", severity, cause, remedy, value, limit, excess)
+
+
+_EXPLODED = "Clip gradients and lower its learning rate."
+_VANISHED = "Check its initialisation, its weight decay, and whether gradients reach it."
+_IN_PLACES = (
+    "Look at what they read or make; scale them into the layer before (SmoothQuant), or keep it "
+    "in 16 bits."
+)

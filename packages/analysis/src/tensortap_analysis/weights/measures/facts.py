@@ -15,12 +15,11 @@ from tensortap_analysis.weights.measures.codes import Codes, few
 from tensortap_analysis.weights.measures.elements import Elements, by_kernel, elements
 from tensortap_analysis.weights.measures.pieces import cut
 from tensortap_analysis.weights.measures.rows import Rows, rows
+from tensortap_analysis.weights.measures.units import BIG, unit_of
 from tensortap_analysis.weights.measures.values import Values, finite
 
 NEAR_ZERO = 1e-3
 """Near zero is what is at most this times the root mean square of the matrix."""
-_BIG, _UNIT = 2.0**480, 2.0**600
-
 _TINY = 2.0**-100
 """Scales of matrices with nothing larger are no normal numbers of float32."""
 
@@ -51,15 +50,14 @@ class Facts:
         """A power of two; values times this have squares inside the range of float64."""
         if self.matrix.dtype is not torch.float64:
             return 1.0
-        largest = self.statistics.absmax or 1.0
-        return 1 / _UNIT if largest > _BIG else _UNIT if largest < 1 / _BIG else 1.0
+        return unit_of(self.statistics.absmax or 0.0)
 
     @property
     def extreme(self) -> str | None:
         """Why values at the ends of their dtype cannot be rounded to formats, or `None`."""
         largest = self.statistics.absmax
         wide = self.matrix.dtype is torch.float64
-        if not largest or (1 / _BIG <= largest <= _BIG if wide else largest >= _TINY):
+        if not largest or (1 / BIG <= largest <= BIG if wide else largest >= _TINY):
             return None
         return f"its largest value is {largest:.3g}: scales of formats would be lost"
 
