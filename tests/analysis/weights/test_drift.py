@@ -86,6 +86,40 @@ def test_squares_beyond_float64_do_not_overflow(scale: float) -> None:
     assert found["l2_after"] == pytest.approx(np.linalg.norm(new) * scale)
 
 
+@pytest.mark.parametrize(("before", "after"), [(1e-200, 1e200), (1e200, 1e-200), (1e-310, 1.0)])
+def test_sides_of_very_different_sizes_each_have_their_norm(before: float, after: float) -> None:
+    old, new = gaussian(10, 10) * before, gaussian(10, 10, 1) * after
+    found = change(*(stored(one, torch.float64) for one in (old, new)))
+    assert found["l2_before"] == pytest.approx(np.linalg.norm(old / before) * before, rel=1e-3)
+    assert found["l2_after"] == pytest.approx(np.linalg.norm(new / after) * after)
+    assert found["cosine"] == pytest.approx(
+        (old / before * new / after).sum()
+        / np.linalg.norm(old / before) / np.linalg.norm(new / after), rel=1e-3,
+    )  # fmt: skip
+    assert found["max_change"] == pytest.approx(max(np.abs(old).max(), np.abs(new).max()))
+
+
+def test_no_cosine_is_beyond_one() -> None:
+    for seed in range(20):
+        one = stored(gaussian(7, 9, seed), torch.float32)
+        assert change(one, one)["cosine"] <= 1
+        assert change(one, -one)["cosine"] >= -1
+
+
+def test_a_row_that_was_nan_leaves_the_row_that_moved_most_unknown() -> None:
+    before, after = torch.ones(3, 4), torch.ones(3, 4)
+    before[1, 1] = math.nan
+    found = change(before, after)
+    assert (found["row_change_max"], found["row_change_at"]) == (None, None)
+    assert found["unchanged"] == 11 / 12
+
+
+def test_infinities_that_stay_are_unchanged() -> None:
+    one = torch.ones(3, 4)
+    one[1, 1] = math.inf
+    assert change(one, one)["unchanged"] == 1
+
+
 def test_what_has_no_value_is_none_and_what_is_not_finite_is_counted() -> None:
     zero, ones = torch.zeros(3, 4), torch.ones(3, 4)
     same = change(zero, zero)
