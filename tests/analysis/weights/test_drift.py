@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -302,6 +303,45 @@ def test_of_a_stack_of_experts_the_worst_speaks(scope: Any) -> None:
     assert found["spectral_norm_ratio"] == pytest.approx(20)
     assert found["unchanged"] == pytest.approx(0.5, abs=0.01)
     assert ("explosion", "critical") in issues(drift)["down_proj"]
+
+
+def test_experts_are_read_one_after_the_other_and_none_is_kept(
+    scope: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+
+    def counting(old: torch.Tensor, new: torch.Tensor) -> Any:
+        seen.extend((weakref.ref(old), weakref.ref(new)))
+        alive.append(sum(one() is not None for one in seen))
+        return change(old, new)
+
+    monkeypatch.setattr("tensortap_analysis.weights.drift.tracking.change", counting)
+    stack = torch.randn(12, 16, 8)
+    track([scope({"mlp.experts.down_proj": stack * at}) for at in (1, 2, 3)])
+    assert len(alive) == 24
+    assert max(alive) <= 4
+
+
+def test_spectra_of_a_stack_are_compared_expert_by_expert_in_every_step(scope: Any) -> None:
+    stack = torch.randn(3, 16, 8)
+    grown = stack * torch.tensor([1.0, 1.0, 5.0])[:, None, None]
+    steps = track([scope({"mlp.experts.down_proj": one}) for one in (stack, grown, stack)])
+    ratios = [step.layers["mlp.experts.down_proj"]["spectral_norm_ratio"] for step in steps]
+    assert ratios == pytest.approx([5, 0.2])
+
+
+def test_a_stack_that_lost_an_expert_is_another_shape(scope: Any) -> None:
+    stack = torch.randn(3, 16, 8)
+    both = [scope({"experts.up": one, "a.weight": stack[0]}) for one in (stack, stack[:2])]
+    (drift,) = track(both)
+    assert [one.reason for one in drift.skipped] == ["was 3x16x8 and is 2x16x8"]
+
+
+def test_a_table_has_no_spectrum_here_either(scope: Any) -> None:
+    table = {"backbone.layers.0.mixer.A_log": torch.rand(32, 8)}
+    (drift,) = track([scope(table), scope({name: one * 2 for name, one in table.items()})])
+    assert "condition_growth" not in drift.layers["backbone.layers.0.mixer.A_log"]
 
 
 def test_the_numbers_do_not_depend_on_the_workers(scope: Any) -> None:

@@ -1,7 +1,8 @@
-"""`track`: every weight followed through checkpoints, two of them in memory at a time."""
+"""`track`: every weight followed through checkpoints, two matrices in memory at a time."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -114,43 +115,42 @@ def _drift(
     return Drift(labels[step], labels[step + 1], layers, tuple(skipped))
 
 
-@dataclass(frozen=True, slots=True)
-class _State:
-    """A weight at one time: its matrices, and their spectra if they are wanted."""
-
-    weight: Weight
-    matrices: list[torch.Tensor]
-    spectra: list[Spectra] | None
-
-
 def _steps(one: Series, spectral: bool) -> Iterator[tuple[int, Comparison | str]]:
-    before: _State | None = None
-    for at, weight in enumerate(one.weights):
-        after = None if weight is None else _state(weight, spectral)
-        if before is not None and after is not None:
-            yield at - 1, _compared(before, after)
-        before = after
+    """Each weight is read once as what was and once as what became of it: no two are held."""
+    known: list[Spectra] = []
+    for at, (before, after) in enumerate(itertools.pairwise(one.weights)):
+        if before is None or after is None:
+            known = []
+            continue
+        found, known = _compared(before, after, known, spectral and after.has_spectrum)
+        yield at, found
 
 
-def _state(weight: Weight, spectral: bool) -> _State:
-    matrices = list(weight.matrices())
-    if not spectral or weight.kind == "vector":
-        return _State(weight, matrices, None)
-    return _State(weight, matrices, [spectra(matrix, weight.dtype) for matrix in matrices])
-
-
-def _compared(before: _State, after: _State) -> Comparison | str:
-    shapes = [[tuple(m.shape) for m in state.matrices] for state in (before, after)]
-    if shapes[0] != shapes[1]:
-        old, new = ("x".join(map(str, state.weight.shape)) for state in (before, after))
-        return f"was {old} and is {new}"
-    parts = [change(old, new) for old, new in zip(before.matrices, after.matrices, strict=True)]
-    if before.spectra is not None and after.spectra is not None:
-        grown = map(growth, before.spectra, after.spectra)
-        parts = [part | more for part, more in zip(parts, grown, strict=True)]
+def _compared(
+    before: Weight, after: Weight, known: Sequence[Spectra], spectral: bool
+) -> tuple[Comparison | str, list[Spectra]]:
+    """Metrics, or why there are none, and the spectra after; `known` are those before, if any."""
+    parts: list[Comparison] = []
+    spectra_after: list[Spectra] = []
+    both = itertools.zip_longest(before.matrices(), after.matrices())
+    for index, (old, new) in enumerate(both):
+        if old is None or new is None or old.shape != new.shape:
+            return _reshaped(before, after), []
+        part = change(old, new)
+        if spectral:
+            was = known[index] if known else spectra(old, before.dtype)
+            spectra_after.append(spectra(new, after.dtype))
+            part |= growth(was, spectra_after[-1])
+        parts.append(part)
     if not parts:
-        return "the stack has no matrix"
-    found = parts[0] if after.weight.kind != "experts" else worst_change(parts)
-    dtypes = {"dtype_before": before.weight.dtype, "dtype_after": after.weight.dtype}
+        return "the stack has no matrix", []
+    found = worst_change(parts) if after.kind == "experts" else parts[0]
+    dtypes = {"dtype_before": before.dtype, "dtype_after": after.dtype}
     names = {key: dtype_name(dtype) for key, dtype in dtypes.items()}
-    return {"shape": list(after.weight.shape), "kind": after.weight.kind, **names, **found}
+    about = {"shape": list(after.shape), "kind": after.kind, **names}
+    return about | found, spectra_after
+
+
+def _reshaped(before: Weight, after: Weight) -> str:
+    old, new = ("x".join(map(str, weight.shape)) for weight in (before, after))
+    return f"was {old} and is {new}"
