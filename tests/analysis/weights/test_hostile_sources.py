@@ -361,6 +361,20 @@ def test_a_list_that_contains_itself_is_an_error(tmp_path):
         Scope(tmp_path / "x.pt")
 
 
+@pytest.mark.parametrize("leaf", [torch.ones(2, 2), 3])
+def test_lists_that_share_lists_are_gone_through_once_and_said(tmp_path, leaf):
+    shared = [leaf]
+    for _ in range(60):
+        shared = [shared, shared]
+    torch.save({"a.weight": torch.ones(3, 3), "x": shared}, tmp_path / "x.pt")
+    torch.save({"model": {"a.weight": torch.ones(3, 3)}, "x": shared}, tmp_path / "y.pt")
+    assert "a" in Scope(tmp_path / "x.pt").scan("norms")
+    assert list(Scope(tmp_path / "y.pt").scan("norms")) == ["a"]
+    found = reasons(tmp_path / "x.pt")
+    assert len(found) == (60 if isinstance(leaf, torch.Tensor) else 0)
+    assert found.get("x.1", "the same as x.0: counted there") == "the same as x.0: counted there"
+
+
 def test_a_tensor_that_repeats_few_stored_values_is_not_written_out(tmp_path):
     repeated = torch.zeros(1).expand(1 << 30, 1 << 30)
     torch.save({"a.weight": repeated, "b.weight": torch.ones(2, 2)}, tmp_path / "x.pt")

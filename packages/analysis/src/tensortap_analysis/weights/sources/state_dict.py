@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,20 +87,48 @@ def _state(content: Any, skipped: list[Skipped], path: Path) -> Mapping[str, Any
     if wrapper is None or any(isinstance(value, torch.Tensor) for value in content.values()):
         return content
     for key, value in content.items():
-        if key != wrapper and any(True for _ in _tensors(value, str(key))):
+        if key != wrapper and any(True for _ in _Walk([]).tensors(value, str(key))):
             skipped.append(Skipped(str(key), f"lies beside {wrapper!r}: no weights of the model"))
     return _state(content[wrapper], skipped, path)
 
 
-def _tensors(value: Any, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-    if isinstance(value, torch.Tensor):
-        yield prefix, value
-    elif isinstance(value, Mapping):
-        for key, below in value.items():
-            yield from _tensors(below, f"{prefix}.{key}" if prefix else str(key))
-    elif isinstance(value, (list, tuple)):
-        for index, below in enumerate(value):
-            yield from _tensors(below, f"{prefix}.{index}")
+class _Walk:
+    """Goes through containers once each: of few that hold each other, paths can be endless.
+
+    A container that holds tensors and is met again is added to `skipped`.
+    """
+
+    def __init__(self, skipped: list[Skipped]) -> None:
+        self._skipped = skipped
+        # By identity: its first name, and whether it holds tensors; None while inside of it.
+        self._met: dict[int, tuple[str, bool | None]] = {}
+
+    def tensors(self, value: Any, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor in `value` and its name, dots between keys and indices."""
+        if isinstance(value, torch.Tensor):
+            yield name, value
+        elif isinstance(value, (Mapping, list, tuple)):
+            if id(value) in self._met:
+                self._again(value, name)
+                return
+            self._met[id(value)] = (name, None)
+            holds = False
+            for key, below in _items(value):
+                for found in self.tensors(below, f"{name}.{key}" if name else str(key)):
+                    holds = True
+                    yield found
+            self._met[id(value)] = (name, holds)
+
+    def _again(self, value: Any, name: str) -> None:
+        first, holds = self._met[id(value)]
+        if holds is None:
+            raise RecursionError
+        if holds:
+            self._skipped.append(Skipped(name, f"the same as {first}: counted there"))
+
+
+def _items(container: Any) -> Iterable[tuple[Any, Any]]:
+    return container.items() if isinstance(container, Mapping) else enumerate(container)
 
 
 def _distinct(
@@ -108,7 +136,7 @@ def _distinct(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Each place in memory once; the other names of it are skipped, and said."""
     first: dict[tuple[object, ...], str] = {}
-    for name, tensor in _tensors(state, ""):
+    for name, tensor in _Walk(skipped).tensors(state, ""):
         if tensor.layout != torch.strided or tensor.is_quantized:
             kind = "quantized" if tensor.is_quantized else tensor.layout
             skipped.append(Skipped(name, f"a {kind} tensor of torch is not read"))
