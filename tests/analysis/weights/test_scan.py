@@ -395,6 +395,23 @@ def test_a_live_module_is_scanned_without_a_journal(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"r.json"}
 
 
+@pytest.mark.parametrize(
+    "module",
+    [nn.ConvTranspose2d(6, 4, 3), nn.ConvTranspose1d(5, 7, 2), nn.Conv2d(6, 4, 3), nn.Linear(5, 9)],
+    ids=lambda module: type(module).__name__,
+)
+def test_a_module_has_the_numbers_of_the_file_it_was_saved_to(tmp_path, module):
+    with torch.no_grad():
+        module.weight[2] = 0
+    live = Scope(nn.Sequential(module)).scan()
+    save_file(dict(nn.Sequential(module).state_dict()), tmp_path / "x.safetensors")
+    saved = Scope(tmp_path / "x.safetensors").scan()
+    assert live["0"] == saved["0"]
+    assert live["0"]["sparsity"]["dead_rows_at"] == [2]
+    turned = "Transpose" in type(module).__name__
+    assert ("its rows are inputs" in (live.facts["0"].note or "")) == turned
+
+
 def test_a_folder_that_is_not_there_is_said_before_anything_is_measured(folder, tmp_path):
     with pytest.raises(ConfigError, match="there is no folder"):
         Scope(folder).scan(output=tmp_path / "no" / "r.json")

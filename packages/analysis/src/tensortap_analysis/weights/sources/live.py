@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from tensortap_analysis.weights.sources.source import Entry, Listing, Skipped
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_ROWS_ARE_INPUTS = "a transposed convolution: its rows are inputs, as they are read from a file"
 
 
 def listing(module: nn.Module) -> Listing:
@@ -36,13 +37,18 @@ def _entries(module: nn.Module, skipped: list[Skipped]) -> Iterator[Entry]:
             skipped.append(Skipped(name, reason))
         else:
             owner = owners.get(name.rpartition(".")[0])
-            shape = tuple(tensor.shape)
-            yield Entry(name, shape, tensor.dtype, _loader(tensor), transposed=_lies_in_out(owner))
+            yield _entry(name, tensor, owner)
 
 
-def _lies_in_out(owner: nn.Module | None) -> bool:
-    """Is its weight [in, out]? So it is in GPT-2's Conv1D, which is no class of torch."""
-    return isinstance(owner, _TRANSPOSED) or type(owner).__name__ == "Conv1D"
+def _entry(name: str, tensor: torch.Tensor, owner: nn.Module | None) -> Entry:
+    """Numbers are those that a file with the same weights gives, where nobody knows the owner."""
+    turned = isinstance(owner, _TRANSPOSED) and tensor.ndim > 1
+    return Entry(
+        name, tuple(tensor.shape), tensor.dtype, _loader(tensor),
+        # GPT-2's, which is no class of torch; a file tells it by the length of the bias.
+        transposed=type(owner).__name__ == "Conv1D",
+        note=_ROWS_ARE_INPUTS if turned else None,
+    )  # fmt: skip
 
 
 def _unreadable(tensor: torch.Tensor) -> str | None:
