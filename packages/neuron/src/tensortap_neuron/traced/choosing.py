@@ -1,0 +1,113 @@
+"""`prepare`: from a selection of tensortap names to what a model is compiled to hand out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from tensortap.errors import ConfigError, NotSupported, SelectionError
+from tensortap.names import TensorName
+from tensortap.selection import Selection, closest
+from tensortap_neuron.traced.capture import Capture
+from tensortap_neuron.traced.described import Described, describe
+from tensortap_neuron.traced.naming import names_of
+
+EVERY_LAYER = r"re:(embed|layers\.\d+|final_norm|lm_head)/forward/output"
+"""The outputs of the embedding, every decoder layer, the final norm and the head."""
+
+
+def prepare(
+    model_or_config: Any,
+    select: str = EVERY_LAYER,
+    *,
+    modules: Any = None,
+    manual: Sequence[str] = (),
+    moe: bool = False,
+) -> Capture:
+    """Turn a selection into a capture, before the model is compiled.
+
+    `model_or_config` is a model on NxD's layers, an NxDI application or its configuration, a
+    Hugging Face configuration, or the folder of a checkpoint. `select` are globs over tensortap
+    names (`"layers.*/forward/output,!layers.*.*"`). From a configuration only the modules are
+    known that every model of its type has; `modules` are then the paths that NxDI's
+    `list_capturable_modules_in_application` lists. `manual` are names for the tensors that the
+    model's code hands to `register_tensor`, in the order in which it does; `moe` also captures
+    which experts tokens are routed to.
+
+    Raises `SelectionError` naming near matches when a pattern matches nothing, `NotSupported`
+    for a NeuronConfig under which NxDI drops what is captured.
+    """
+    selection = Selection.parse(select)
+    found = describe(model_or_config, modules)
+    if found.problem is not None:
+        raise NotSupported(f"Nothing would be captured: {found.problem}.")
+    names = names_of(found.modules)
+    chosen = [path for path, name in names.items() if _wanted(selection, name)]
+    _require_matches(selection, found, names, extra=manual)
+    words = {word for path in chosen for word in _words(selection, names[path])}
+    return Capture(
+        names={path: names[path] for path in chosen},
+        select=selection.text,
+        inputs="input" in words,
+        manual=tuple(str(_forward(name)) for name in manual),
+        moe=moe,
+        facts=found.facts,
+    )
+
+
+def _wanted(selection: Selection, name: str) -> bool:
+    return any(True for _ in _words(selection, name))
+
+
+def _words(selection: Selection, name: str) -> Iterator[str]:
+    """`output`, `input`: what is selected of a module."""
+    for word in ("output", "input"):
+        if selection.matches(f"{name}/forward/{word}"):
+            yield word
+
+
+def _forward(name: str) -> TensorName:
+    parsed = TensorName.parse(name)
+    if parsed.phase != "forward":
+        raise ConfigError(f"{name}: a compiled model has forward tensors only.")
+    return parsed
+
+
+def _require_matches(
+    selection: Selection, found: Described, names: dict[str, str], *, extra: Sequence[str]
+) -> None:
+    """Raise when an including pattern matches nothing: before an hour of compiling, not after."""
+    known = [f"{name}/forward/{word}" for name in names.values() for word in ("output", "input")]
+    dead = [
+        text for text in selection.dead([*known, *extra], []) if f"!{text}" not in selection.text
+    ]
+    if not dead:
+        return
+    raise SelectionError(
+        f"{', '.join(map(repr, dead))} {'matches' if len(dead) == 1 else 'match'} nothing that "
+        f"can be captured in this model. Closest: {', '.join(closest(dead[0], known))}."
+        f"{_hint(dead[0], names, found)}"
+    )
+
+
+def _hint(pattern: str, names: dict[str, str], found: Described) -> str:
+    """What is most likely wrong with a pattern: NxD's own path, the form, or what is known."""
+    said = ""
+    for native, name in _renamed(names).items():
+        if native in pattern.split("/")[0].split("."):
+            said += f" {native!r} is called {name!r} here."
+    for word in ("output", "input"):
+        if "/" not in pattern and pattern.endswith(f".{word}"):
+            said += f" An {word} is written {pattern.removesuffix(f'.{word}')}/forward/{word}."
+    if not found.complete and not said:
+        said = (
+            " A configuration tells only these modules; give modules=, from NxDI's "
+            "list_capturable_modules_in_application(app), to capture others."
+        )
+    return said
+
+
+def _renamed(names: dict[str, str]) -> dict[str, str]:
+    """Last word of a path -> last word of its name, where they differ."""
+    last = ((path.rpartition(".")[2], name.rpartition(".")[2]) for path, name in names.items())
+    return {native: name for native, name in last if native != name}

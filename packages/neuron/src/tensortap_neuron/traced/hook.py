@@ -1,0 +1,302 @@
+"""`TracedHook`: the `tensor_capture_hook` that writes a tensortap run."""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from tensortap.capture import SAMPLE
+from tensortap.config import Settings
+from tensortap.coverage import Coverage
+from tensortap.destination import destination
+from tensortap.errors import CaptureError, CaptureWarning, ConfigError, NotSupported
+from tensortap.records import Coordinates, TensorRecord, Values
+from tensortap.selection import Selection
+from tensortap.sinks import CoverageSink, PayloadSink, TensorSink
+from tensortap.stats import statistics
+from tensortap_neuron.traced.capture import Capture
+from tensortap_neuron.traced.described import configured, problem
+from tensortap_neuron.traced.fitting import Fitted, fit
+from tensortap_neuron.traced.forwards import Forward, Forwards
+from tensortap_neuron.traced.placing import on_stream
+from tensortap_neuron.traced.returned import Came, sort_out
+from tensortap_neuron.traced.running import describe_traced
+
+_OPTIONS = frozenset(
+    {"select", "values", "steps", "exponents", "max_bytes", "durable", "on_error", "overwrite"}
+    | {"metadata", "enabled", "directory"}
+)
+
+
+class TracedHook:
+    """Writes what a compiled model hands out; call it, or pass it, as `tensor_capture_hook`.
+
+        with capture.hook("runs/neuron") as hook:
+            adapter.generate(input_ids, attention_mask=mask, **hook.kwargs)
+
+    Passing `hook.inputs` as `input_capture_hook` as well (`hook.kwargs` is both) tells it how
+    long the prompt is, so that the padding of the bucket is cut. A failure in here never
+    reaches the model, unless `on_error="raise"`; the run then says that it is incomplete.
+    """
+
+    def __init__(
+        self,
+        capture: Capture,
+        sink: str | os.PathLike[str] | TensorSink | None,
+        options: Mapping[str, Any],
+    ) -> None:
+        wrong = sorted(set(options) - _OPTIONS)
+        if wrong:
+            raise ConfigError(
+                f"hook() has no option {wrong[0]!r}; options: {', '.join(sorted(_OPTIONS))}."
+            )
+        default: Values = sink.default_values if isinstance(sink, PayloadSink) else "full"
+        self.capture = capture
+        self.settings = Settings.resolve(options, values=default)
+        self.coverage = Coverage()
+        self._select = _narrowed(capture, self.settings)
+        self._forwards = Forwards()
+        self._seen: list[dict[str, Any]] = []
+        self._seq = itertools.count()
+        self._failure: BaseException | None = None
+        self._app: Any = None
+        self._problem: str | None = None
+        self._facts = capture.facts
+        self._called = 0
+        info = describe_traced(capture, self.settings)
+        self._open = self.settings.enabled
+        if self._open:
+            self._sink, self.path = destination(sink, self.settings, info)
+            self._sink.open(info)
+            atexit.register(self._at_exit)
+
+    @property
+    def kwargs(self) -> dict[str, Callable[..., None]]:
+        """Both hooks, for `generate(**hook.kwargs)` or `app.forward(**hook.kwargs)`."""
+        return {"tensor_capture_hook": self, "input_capture_hook": self.inputs}
+
+    def __call__(self, app: Any, captured: Any) -> None:
+        """Record what one forward handed out: NxDI's list, or NxD's dictionary."""
+        self._meet(app)
+        self._called += 1
+        self._guarded(lambda: self._take(captured))
+
+    def inputs(self, app: Any, given: Sequence[Any]) -> None:
+        """Take note of the inputs of the forward to come; NxDI calls it before each."""
+        self._meet(app)
+        self._guarded(lambda: self._forwards.announce(given))
+
+    def step(self) -> None:
+        """End the step here: the next forward begins another one."""
+        self._guarded(self._end_step)
+
+    def close(self) -> None:
+        """Finish the run; raises `CaptureError` when nothing at all was captured.
+
+        Under `on_error="raise"` also when capturing had failed. Calling it again does nothing.
+        """
+        if not self._open:
+            return
+        self._open = False
+        atexit.unregister(self._at_exit)
+        self._finish()
+        if self._failure is None and not self.coverage.total:
+            raise CaptureError(f"tensortap captured nothing: {self._why_nothing()}")
+
+    def __enter__(self) -> TracedHook:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.close()
+            return
+        try:
+            self.close()
+        except CaptureError as failure:  # The error on its way out says more.
+            warnings.warn(str(failure), CaptureWarning, stacklevel=2)
+
+    def _meet(self, app: Any) -> None:
+        """What the running application says comes before what was known when it was prepared."""
+        if app is not self._app:
+            neuron = getattr(app, "neuron_config", None)
+            self._problem = problem(neuron)
+            if neuron is not None:
+                self._facts = configured(self.capture.facts, neuron)
+        self._app = app
+
+    def _guarded(self, act: Callable[[], None]) -> None:
+        """Run `act` unless capturing has failed or ended; its failure ends the capture."""
+        if not self._open or self._failure is not None:
+            return
+        try:
+            act()
+        except Exception as failure:  # `_failed` reports it; generation must go on.
+            self._failed(failure)
+
+    def _failed(self, failure: Exception) -> None:
+        self._failure = failure
+        cause = f"{type(failure).__name__}: {failure}"
+        self.coverage.gap("*", f"capture stopped: {cause}")
+        message = f"tensortap stopped capturing, the run is incomplete: {cause}"
+        if self.settings.on_error == "raise":
+            raise CaptureError(message) from failure
+        warnings.warn(message, CaptureWarning, stacklevel=4)
+
+    @torch.no_grad()
+    def _take(self, captured: Any) -> None:
+        came = [one for one in sort_out(self.capture, captured) if self._selected(one)]
+        before = self._forwards.step
+        forward = self._forwards.begin(*_measured(self.capture, came))
+        if forward.step != before and before in self.settings.steps and before >= 0:
+            self._sink.end_step(before)
+        if forward.step not in self.settings.steps:
+            return
+        self._seen.append(forward.described())
+        self._note_padding(forward)
+        for one in came:
+            self._write(one, forward)
+
+    def _selected(self, one: Came) -> bool:
+        by_hand = not one.path
+        return by_hand or self._select.matches(str(one.name))
+
+    def _write(self, one: Came, forward: Forward) -> None:
+        """Bring one tensor to the host, cut its padding, and hand it to the sink."""
+        fitted = fit(one, forward, self._facts)
+        if isinstance(fitted, str):
+            self.coverage.gap(str(one.name), f"{fitted} ({_where(forward)})")
+            return
+        if fitted.note is not None:
+            self.coverage.note(str(fitted.name), fitted.note)
+        record, payload = self._record(one, fitted, forward)
+        self._sink.write(record, payload)
+        self.coverage.captured(str(record.name))
+
+    def _record(
+        self, one: Came, fitted: Fitted, forward: Forward
+    ) -> tuple[TensorRecord, torch.Tensor | None]:
+        values = self.settings.values(str(fitted.name))
+        tensor = fitted.tensor
+        stride = max(1, -(-tensor.numel() // SAMPLE)) if values == "sample" else 1
+        record = TensorRecord(
+            name=fitted.name,
+            native=f"{one.path} ({_where(forward)})" if one.path else _where(forward),
+            at=Coordinates(step=forward.step, microbatch=forward.microbatch),
+            shape=tuple(tensor.shape),
+            dtype=str(tensor.dtype)[6:],
+            device=fitted.device,
+            seq=next(self._seq),
+            values=values,
+            stride=stride,
+            dims=fitted.dims,
+            placement=fitted.placement,
+            stats=_statistics(tensor, exponents=self.settings.exponents),
+        )
+        payload = tensor.reshape(-1)[::stride].contiguous() if values == "sample" else tensor
+        return record, None if values == "stats" else payload
+
+    def _note_padding(self, forward: Forward) -> None:
+        """Say once what could not be known, or cannot be cut."""
+        lengths = None if forward.inputs is None else forward.inputs.lengths
+        if forward.inputs is None and forward.kind == "cte":
+            self.coverage.note("root", _UNKNOWN_LENGTH)
+        elif forward.inputs is not None and forward.inputs.left_padded:
+            self.coverage.note("root", "prompts are padded on the left: the padding is not cut")
+        elif lengths and len(set(lengths)) > 1:
+            rows = ", ".join(map(str, lengths))
+            self.coverage.note(
+                "root",
+                f"step {forward.step}: rows of {rows} tokens; the shorter ones are padded to the "
+                "longest. One prompt a forward compares best",
+            )
+
+    def _end_step(self) -> None:
+        self._forwards.end_step()
+
+    def _finish(self) -> None:
+        """Report and close; what fails here is said like any other failure."""
+        try:
+            if self._failure is None and self._forwards.step in self.settings.steps and self._seen:
+                self._sink.end_step(self._forwards.step)
+            if isinstance(self._sink, CoverageSink):
+                report = self.coverage.report(steps=self._forwards.step + 1)
+                self._sink.cover({**report, "forwards": self._seen})
+        except Exception as failure:
+            self._failed_closing(failure)
+        finally:
+            self._sink.close()
+
+    def _failed_closing(self, failure: Exception) -> None:
+        if self._failure is None:
+            self._failed(failure)
+
+    def _why_nothing(self) -> str:
+        if self._problem is not None:
+            return f"{self._problem}."
+        if not self._called:
+            return (
+                "the hook was never called with tensors. Pass generate(**hook.kwargs), use a "
+                "model compiled with this capture, and set on_device_sampling_config in its "
+                "NeuronConfig: without, NxDI drops every captured tensor, silently when "
+                "output_logits=True was set."
+            )
+        if not self._seen:
+            return (
+                f"steps={self.settings.steps.text!r}, but there were {self._forwards.step + 1} "
+                "steps, counted from 0; each prompt begins one."
+            )
+        gaps = self.coverage.report(steps=0)["gaps"]
+        return gaps[0]["reason"] if gaps else "the selection left nothing."
+
+    def _at_exit(self) -> None:
+        """The interpreter ends without `close`: what was recorded is still finished."""
+        try:
+            self.close()
+        except CaptureError as failure:
+            warnings.warn(f"tensortap: {failure}", CaptureWarning, stacklevel=2)
+
+
+_UNKNOWN_LENGTH = (
+    "the padding of prompts to their bucket is not cut: nothing said how long they are. "
+    "Pass input_capture_hook=hook.inputs as well (generate(**hook.kwargs))"
+)
+
+
+def _narrowed(capture: Capture, settings: Settings) -> Selection:
+    return settings.select if settings.explicit else Selection.parse(capture.select)
+
+
+def _measured(capture: Capture, came: Sequence[Came]) -> tuple[list[int], int | None]:
+    """Lengths of the sequence axes of what came, and that of the bucket where it is told."""
+    found = {
+        one.path: int(one.value.shape[1])
+        for one in came
+        if one.cause is None and isinstance(one.value, torch.Tensor) and one.value.dim() == 3
+        if one.name.tensor == "output"
+    }
+    stream = [length for path, length in found.items() if on_stream(path)]
+    return list(found.values()), max(stream, default=None)
+
+
+def _where(forward: Forward) -> str:
+    bucket = "" if forward.bucket is None else f", bucket {forward.bucket}"
+    return f"{forward.kind}{bucket}"
+
+
+def _statistics(tensor: torch.Tensor, *, exponents: bool) -> Any:
+    try:
+        return statistics(tensor, exponents=exponents)
+    except NotSupported:  # The values are there all the same.
+        return None

@@ -1,0 +1,147 @@
+"""What a compiled model hands out: which tensor is which, and which are only stand-ins.
+
+NxDI returns a list: for each module its first output and, with inputs, its first input, then the
+tensors registered by hand (`NeuronBaseModel._get_captured_tensors`). A module that was not called
+is a `zeros(1)` there, a tensor that was not registered a single NaN. NxD itself has a dictionary
+(`TensorRegistry.get_captured_tensors_dict`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tensortap.errors import CaptureError
+from tensortap.names import TensorName, escape
+from tensortap_neuron.traced.capture import Capture
+
+_FIRST = frozenset({"hidden_states", "input_ids", "inputs_embeds", "x", "input"})
+"""First parameters of the modules there are: what is passed so is `input` on every framework."""
+_MOE = "auto_moe_stats.expert_index"
+
+
+@dataclass(frozen=True, slots=True)
+class Came:
+    """One tensor that was asked for: it came, or `cause` says why not.
+
+    `path` is the NxD module it belongs to; empty for what the model's code registered.
+    """
+
+    path: str
+    name: TensorName
+    value: Any = None
+    cause: str | None = None
+
+
+def sort_out(capture: Capture, captured: Any) -> list[Came]:
+    """Name everything in a list of NxDI or a dictionary of NxD.
+
+    Raises `CaptureError` when the list is not what this capture was compiled to: then no tensor
+    of it can be trusted to be the one its place says.
+    """
+    if isinstance(captured, Mapping):
+        return list(_from_registry(capture, captured))
+    if not isinstance(captured, Sequence):
+        raise CaptureError(f"captured tensors came as {type(captured).__name__}, not as a list.")
+    return list(_from_list(capture, captured))
+
+
+def _from_list(capture: Capture, captured: Sequence[Any]) -> Iterator[Came]:
+    words = ("output", "input") if capture.inputs else ("output",)
+    names = capture.names
+    slots = [(path, word) for path in capture.modules for word in words]
+    room = capture.max_tensors or 0
+    if not len(slots) <= len(captured) <= len(slots) + room + 1:
+        raise CaptureError(
+            f"the model handed out {len(captured)} tensors where this capture asks for "
+            f"{len(slots) + room}: it was compiled with another one. "
+            "Compile it again, or load the capture it was compiled with (Capture.load)."
+        )
+    for (path, word), value in zip(slots, captured, strict=False):
+        name = TensorName(names[path], "forward", word)
+        yield Came(path, name, value, None if not _stand_in(value) else _NOT_CALLED)
+    yield from _by_hand(capture, captured[len(slots) :])
+
+
+_NOT_CALLED = (
+    "a stand-in of one element came back: the module was not called while this bucket was traced. "
+    "A fused kernel may do its work, or the tensor registry was cleared after another bucket"
+)
+_NOT_REGISTERED = "a single NaN came back: register_tensor was not called in this bucket"
+
+
+def _stand_in(value: Any) -> bool:
+    """One element in one axis, whatever it holds: no activation of a model is that."""
+    return isinstance(value, torch.Tensor) and value.numel() == 1 and value.dim() <= 1
+
+
+def _by_hand(capture: Capture, values: Sequence[Any]) -> Iterator[Came]:
+    """Tensors registered by hand, in their order; they close ranks when one is missing."""
+    came = [value for value in values if not _stand_in(value)]
+    expected = [Came("", TensorName.parse(name)) for name in capture.manual]
+    asked = len(expected) + capture.moe
+    if len(came) < asked:
+        cause = _NOT_REGISTERED
+        if came:
+            cause = f"{len(came)} of {asked} registered tensors came: nothing says which"
+        for one in (*expected, *([Came("", _moe_name())] if capture.moe else [])):
+            yield Came("", one.name, None, cause)
+        return
+    for one, value in zip(expected, came, strict=False):
+        yield Came("", one.name, value)
+    if capture.moe:
+        yield from _experts(capture, came[len(expected)])
+    for number, value in enumerate(came[asked:]):
+        yield Came("", TensorName("manual", "forward", f"tensor.{number}"), value)
+
+
+def _moe_name(layer: int | None = None) -> TensorName:
+    module = "moe" if layer is None else f"layers.{layer}.mlp.router"
+    return TensorName(module, "forward", "expert_index")
+
+
+def _experts(capture: Capture, stacked: Any) -> Iterator[Came]:
+    """The experts' indices, layer by layer where each layer has some; else as they came."""
+    if isinstance(stacked, torch.Tensor) and stacked.shape[0] == capture.facts.layers:
+        for layer, value in enumerate(stacked):
+            yield Came("", _moe_name(layer), value)
+    else:
+        yield Came("", _moe_name(), stacked)
+
+
+def _from_registry(capture: Capture, captured: Mapping[str, Any]) -> Iterator[Came]:
+    names, used = capture.names, set()
+    for path in capture.modules:
+        for side in ("outputs", "inputs") if capture.inputs else ("outputs",):
+            found = {key: word for key in captured if (word := _word(key, path, side)) is not None}
+            used |= set(found)
+            if not found:
+                yield Came(path, TensorName(names[path], "forward", side[:-1]), None, _NOT_CALLED)
+            for key, word in found.items():
+                cause = _NOT_CALLED if _stand_in(captured[key]) else None
+                yield Came(path, TensorName(names[path], "forward", word), captured[key], cause)
+    rest = {key: value for key, value in captured.items() if key not in used}
+    if _MOE in rest:
+        yield from _experts(capture, rest.pop(_MOE))
+    by_hand = dict(zip(rest, capture.manual, strict=False))
+    for key, value in rest.items():
+        name = by_hand.get(key) or f"manual/forward/{escape(key.removeprefix('manual_'))}"
+        yield Came("", TensorName.parse(name), value, _NOT_REGISTERED if _stand_in(value) else None)
+    for name in capture.manual[len(rest) :]:
+        yield Came("", TensorName.parse(name), None, "register_tensor was not called for it")
+
+
+def _word(key: str, path: str, side: str) -> str | None:
+    """`output`, `output.1`, `input.attention_mask`: what a key of the registry is called here."""
+    if side == "outputs" and key == path:
+        return "output"
+    prefix = f"{path}.{side}"
+    if key != prefix and not key.startswith(f"{prefix}."):
+        return None
+    rest = key[len(prefix) + 1 :].removeprefix("kwargs.")
+    if rest in ("", "0") or (side == "inputs" and rest in _FIRST):
+        return side[:-1]
+    return f"{side[:-1]}.{escape(rest)}"
