@@ -1,0 +1,99 @@
+"""One prompt through the model: a run of every layer, and the older guide's files beside it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+import tensortap
+from tensortap.errors import RunExists
+from tensortap.layouts import layout
+from tensortap_neuron.command.models import Prompt
+from tensortap_neuron.command.naming import Place
+
+RUN, FILES = "run", "layers-pt"
+"""Below a prompt's folder: the run, and the same in the layout that older scripts read."""
+
+
+class Capturer(Protocol):
+    """A model that is ready to run: eager or lazy, or compiled."""
+
+    @property
+    def places(self) -> list[Place]:
+        """What is expected of it, in order."""
+
+    def capture(self, prompt: Prompt, run: Path, metadata: Mapping[str, Any]) -> None:
+        """Run the prompt once, and write the run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """A model that runs as a module, on `device`."""
+
+    model: nn.Module
+    device: torch.device
+    places: list[Place]
+
+    def capture(self, prompt: Prompt, run: Path, metadata: Mapping[str, Any]) -> None:
+        """One teacher-forced forward of the whole prompt.
+
+        With an attention mask, or without a cache, transformers would read values to see whether
+        anything is padded or packed, which runs a part of a lazy graph by itself.
+        """
+        ids = prompt.tensor.to(self.device)
+        select = ",".join(place.name for place in self.places)
+        # A lazy graph whose values the model reads early costs time; what is captured is right.
+        on_error = "warn" if self.device.type == "xla" else "raise"
+        with (
+            tensortap.attach(
+                self.model, run, **_CAPTURE, select=select, metadata=metadata, on_error=on_error
+            ),
+            torch.no_grad(),
+        ):
+            self.model(input_ids=ids, use_cache=True)
+
+
+_CAPTURE: Mapping[str, Any] = {
+    # Whatever the environment says of taps is meant for others.
+    "enabled": True, "steps": "0:", "ranks": "", "phases": ("forward",), "values": "full",
+    "overwrite": True,
+}  # fmt: skip
+
+
+def require_new(out: Path, prompts: list[Prompt], *, overwrite: bool) -> None:
+    """Raise `RunExists`, before a model is loaded, where a prompt's folder is there already."""
+    taken = [out / one.folder for one in prompts if (out / one.folder).exists()]
+    if taken and not overwrite:
+        raise RunExists(f"{taken[0]} exists; choose another --out, or pass --overwrite.")
+
+
+def capture(
+    model: Capturer, prompt: Prompt, out: Path, metadata: Mapping[str, Any]
+) -> tuple[Path, tuple[str, ...]]:
+    """Write a prompt's folder, whole or not at all; returns it, and what could not be exported.
+
+    An older folder is replaced once the new one is there.
+    """
+    final = out / prompt.folder
+    partial = final.with_name(f".{final.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    about = {
+        "prompt": prompt.text, "token_ids": list(prompt.ids), "tokens": prompt.tokens, **metadata
+    }  # fmt: skip
+    try:
+        partial.mkdir(parents=True)
+        model.capture(prompt, partial / RUN, about)
+        with tensortap.open_run(partial / RUN) as run:
+            moved = layout("layers-pt").export(run, partial / FILES, "*", lambda done: None)
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return final, moved.skipped

@@ -1,0 +1,137 @@
+"""`tensortap neuron layers`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import tensortap
+from tensortap.errors import ConfigError
+from tensortap_neuron.command import describing, devices, models, printing
+from tensortap_neuron.command.capturing import (
+    FILES,
+    RUN,
+    Capturer,
+    Module,
+    capture,
+    require_new,
+)
+from tensortap_neuron.command.describing import Described, described
+from tensortap_neuron.command.models import Prompt
+from tensortap_neuron.command.naming import places_of
+
+_TEST_TYPES = ("full", "extract-all")
+
+
+def layers(
+    model: Annotated[str, typer.Option(help="A folder, or a name in the local cache of the hub.")],
+    prompt: Annotated[list[str], typer.Option(help="A text; may be repeated, one run each.")],
+    out: Annotated[Path, typer.Option(help="Each prompt becomes a folder prompt-N in here.")],
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, xla or neuron.")] = "cpu",
+    dtype: Annotated[
+        str, typer.Option(help="fp64, fp32, bf16, fp16; auto: as the checkpoint says.")
+    ] = "auto",
+    compiled: Annotated[
+        Path | None,
+        typer.Option(help="Run it through NxDI: compile it to, or load it from, this folder."),
+    ] = None,
+    skip_compile: Annotated[
+        bool, typer.Option("--skip-compile", help="Load what is in --compiled; compile nothing.")
+    ] = False,
+    test_type: Annotated[
+        str, typer.Option(hidden=True, help="The older guide's: full or extract-all.")
+    ] = "full",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the same prompts of an older start.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Run prompts through a Hugging Face decoder, and keep every layer's output.
+
+    Captured are the embedding, each layer and the final norm, in one teacher-forced forward. Of
+    each prompt DIR/prompt-N/run is a run, and DIR/prompt-N/layers-pt the same as the files of
+    older scripts. Exit code: 0 all is there and healthy, 1 a layer is missing or has NaN,
+    infinities or |mean| > 10, 2 nothing could be done.
+    """
+    _check(prompt, out, device, dtype, compiled, skip_compile, test_type)
+    models.require_transformers()
+    wanted = [Prompt(number, text, (), "") for number, text in enumerate(prompt)]
+    require_new(out, wanted, overwrite=overwrite)
+    runner, found, about = _ready(model, prompt, device, dtype, compiled, skip_compile)
+    results = []
+    with printing.progress_of(len(found), "capturing") as progress:
+        for one in found:
+            progress(f"prompt {one.number}")
+            folder, lost = capture(runner, one, out, about)
+            with tensortap.open_run(folder / RUN) as run:
+                results.append((one, described(folder, run, runner.places, lost)))
+    if as_json:
+        printing.say_json({"out": str(out), **about, "prompts": [_json(*row) for row in results]})
+    else:
+        _print(about, results)
+    raise typer.Exit(0 if all(result.fine for _, result in results) else 1)
+
+
+def _check(
+    prompt: list[str], out: Path, device: str, dtype: str, compiled: Path | None,
+    skip_compile: bool, test_type: str,
+) -> None:  # fmt: skip
+    """Raise `ConfigError` for what can be told to be wrong without a model."""
+    devices.require_words(device, dtype)
+    if test_type not in _TEST_TYPES:
+        raise ConfigError(f"--test-type {test_type}: write one of {', '.join(_TEST_TYPES)}.")
+    if skip_compile and compiled is None:
+        raise ConfigError("--skip-compile needs --compiled DIR: nothing else is compiled first.")
+    if not all(text.strip() for text in prompt):
+        raise ConfigError("--prompt is empty.")
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is not a folder.")
+
+
+def _ready(
+    name: str, texts: list[str], device: str, dtype: str, compiled: Path | None, skip_compile: bool
+) -> tuple[Capturer, list[Prompt], dict[str, Any]]:
+    """The model where it runs, the prompts, and what every run's metadata says."""
+    where = devices.device_of(device)
+    loaded = models.load(name, dtype)
+    found = models.prompts(texts, loaded.tokenizer, models.vocabulary_of(loaded))
+    wanted = places_of(loaded.model)
+    runner = Module(devices.moved(loaded.model, where), where, wanted)
+    about = {
+        "model": name,
+        "device": str(where),
+        "dtype": str(next(runner.model.parameters()).dtype).removeprefix("torch."),
+        "compiler_flags": devices.flags(),
+        "packages": devices.versions(),
+    }
+    return runner, found, about
+
+
+def _json(prompt: Prompt, found: Described) -> dict[str, Any]:
+    return {
+        "prompt": prompt.text,
+        "token_ids": list(prompt.ids),
+        "tokens": prompt.tokens,
+        "run": str(found.folder / RUN),
+        "layers_pt": str(found.folder / FILES),
+        "layers": [layer.to_json() for layer in found.layers],
+        "lacks": list(found.lacks),
+        "fine": found.fine,
+    }
+
+
+def _print(about: dict[str, Any], results: list[tuple[Prompt, Described]]) -> None:
+    printing.say(f"{about['model']} on {about['device']} in {about['dtype']}")
+    for prompt, found in results:
+        printing.say()
+        stands_in = (
+            ", the bytes of the text: there is no tokenizer" if prompt.tokens == "bytes" else ""
+        )
+        printing.say(f"{prompt.text!r} ({len(prompt.ids)} tokens{stands_in}): {found.folder}")
+        printing.say_table(describing.HEADINGS, [layer.row for layer in found.key_layers])
+        for layer in found.layers:
+            printing.say(layer.line, "red" if layer.wrong else None)
+        for line in found.lacks:
+            printing.say(f"{printing.mark(False)} {line}", "red")

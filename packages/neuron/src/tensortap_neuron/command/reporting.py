@@ -1,0 +1,159 @@
+"""What a comparison of a port says: on the terminal, as JSON, and as pages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tensortap.errors import ConfigError
+from tensortap_neuron.command import printing
+from tensortap_neuron.command.comparing import (
+    HEADINGS,
+    PRESETS,
+    WITH_NOISE,
+    Result,
+    Row,
+    named,
+)
+
+_WORDS = {0: "the port agrees with the reference", 1: "the port differs", 2: "nobody can say"}
+_SUFFIXES = (".json", ".html", ".htm")
+
+
+def code(results: Sequence[Result], alone: Sequence[str]) -> int:
+    """The exit code of all prompts: 1 where any differs, else 2 where any cannot be judged."""
+    codes = {result.code for result in results} | ({2} if alone else set())
+    return next(one for one in (1, 2, 0) if one in codes)
+
+
+def say(results: Sequence[Result], alone: Sequence[str], preset: str) -> None:
+    """Every prompt, and what all of it comes to."""
+    for result in results:
+        _say_one(result, preset)
+    for line in alone:
+        printing.warn(f"not compared: {line}")
+    if len(results) > 1:
+        printing.say()
+        fine = sum(result.code == 0 for result in results)
+        printing.say(f"{fine} of {len(results)} prompts agree")
+
+
+def _say_one(result: Result, preset: str) -> None:
+    trio = result.trio
+    printing.say()
+    if trio.prompt is not None:
+        printing.say(f"prompt {trio.prompt!r}")
+    beside = f"; noise {trio.noise.path}" if trio.noise else ""
+    printing.say(f"reference {trio.ref.path}; port {trio.port.path}{beside}")
+    printing.say(f"judged by {_limits(result, preset)}")
+    noisy = trio.noise is not None
+    headings = (*HEADINGS, *(WITH_NOISE if noisy else ()), "judged")
+    printing.say_table(headings, [_cells(row, noisy=noisy) for row in result.rows])
+    for line in _findings(result):
+        printing.say(line)
+    warnings = (*result.found.remarks, *result.run.warnings)
+    for text in dict.fromkeys(warnings):
+        printing.warn(text)
+    fine = sum(row.fine for row in result.rows)
+    printing.say(
+        f"{printing.mark(result.code == 0)} {_WORDS[result.code]}: {fine} of {len(result.rows)} "
+        "tensors are within the limits"
+    )
+
+
+def _limits(result: Result, preset: str) -> str:
+    from tensortap_analysis.judging.presets import preset as known
+
+    by = known(PRESETS[preset], result.found.thresholds)
+    limits = ", ".join(f"{key} {value:g}" for key, value in by.limits.items())
+    return f"{preset}: {by.says} ({limits})"
+
+
+def _cells(row: Row, *, noisy: bool) -> tuple[object, ...]:
+    more: tuple[object, ...] = ()
+    if noisy:
+        more = (None if row.likeness is None else f"{row.likeness:.4f}",)
+    return printing.mark(row.fine), *row.cells, *more, row.judgement.grade
+
+
+def _findings(result: Result) -> Iterator[str]:
+    """Where they part, jumps, and layers that look ill."""
+    first, local = result.run.first_divergence, result.local
+    if first is not None:
+        yield f"first divergence: {first}"
+    if local is not None and local is not first:
+        yield f"first local divergence: {local}"
+    yield from (f"jump between layers: {jump}" for jump in result.jumps)
+    yield from (f"NaN, Inf or |mean| > 10: {line}" for line in result.broken)
+    yield from (f"not compared: {line}" for line in result.missing)
+
+
+def document(
+    results: Sequence[Result], alone: Sequence[str], preset: str, pages: Sequence[Path] = ()
+) -> dict[str, Any]:
+    """Everything as plain JSON."""
+    from tensortap_analysis.judging.presets import preset as known
+
+    return {
+        "preset": preset,
+        "thresholds": dict(known(PRESETS[preset]).limits),
+        "exit_code": code(results, alone),
+        "agrees": code(results, alone) == 0,
+        "prompts": [_one(result) for result in results],
+        "alone": list(alone),
+        "pages": [str(page) for page in pages],
+    }
+
+
+def _one(result: Result) -> dict[str, Any]:
+    trio, first, local = result.trio, result.run.first_divergence, result.local
+    return {
+        "prompt": trio.prompt,
+        "reference": str(trio.ref.path),
+        "port": str(trio.port.path),
+        "noise": None if trio.noise is None else str(trio.noise.path),
+        "verdict": result.run.verdict,
+        "exit_code": result.code,
+        "first_divergence": None if first is None else first.name,
+        "first_divergence_says": None if first is None else str(first),
+        "first_local_divergence": None if local is None else local.name,
+        "layers": [row.to_json() for row in result.rows],
+        "jumps": [jump.to_json() for jump in result.jumps],
+        "abnormal": result.broken,
+        "missing": list(result.missing),
+        "warnings": list(dict.fromkeys((*result.found.remarks, *result.run.warnings))),
+    }
+
+
+def stem_of(path: Path) -> Path:
+    """`--report-path` without the suffix of a report; raises `ConfigError` where none can be."""
+    stem = path.with_suffix("") if path.suffix.lower() in _SUFFIXES else path
+    if path.is_dir():
+        stem = path / "report"
+    if not stem.absolute().parent.is_dir():
+        raise ConfigError(f"--report-path {path}: there is no folder {stem.parent}.")
+    return stem
+
+
+def write(stem: Path, results: Sequence[Result], alone: Sequence[str], preset: str) -> list[Path]:
+    """`STEM.json`, and a page for each prompt: `STEM.html`, or `STEM-prompt-1.html` of several."""
+    from tensortap_analysis.report import write_report
+
+    pages = []
+    for result in results:
+        trio = result.trio
+        name = stem.name if len(results) == 1 else f"{stem.name}-{trio.port.name}"
+        page = stem.with_name(f"{name}.html")
+        names = [row.place.name for row in result.rows]
+        write_report(
+            page, named(trio.ref), named(trio.port),
+            noise=None if trio.noise is None else named(trio.noise),
+            preset=PRESETS[preset], select=",".join(names) or "*",
+        )  # fmt: skip
+        pages.append(page)
+    told = stem.with_name(f"{stem.name}.json")
+    text = json.dumps(document(results, alone, preset, pages), indent=2)
+    told.write_text(text + "\n", encoding="utf-8")
+    return [told, *pages]
