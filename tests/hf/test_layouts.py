@@ -215,6 +215,15 @@ def test_the_older_npz_is_read_without_its_new_fields(tmp_path: Path) -> None:
             np.testing.assert_array_equal(run.tensor(MIXER).numpy(), values[f"mode_{mode}_output"])
 
 
+def test_one_npz_is_imported_by_its_own_path(tmp_path: Path) -> None:
+    values = {f"mode_fp32_{what}": np.ones((1, 2, 3), np.float32) for what in ("input", "output")}
+    for name in ("first", "other"):
+        np.savez_compressed(tmp_path / f"{name}.npz", **values)
+    load("first-layer-npz", tmp_path / "first.npz", tmp_path / "run")
+    with tensortap.open_run(tmp_path / "run") as run:
+        assert len(list(run.records())) == 2
+
+
 @pytest.mark.parametrize("name", ["mode_x_layer_0.npy", "first.npz"])
 def test_pickles_are_never_loaded(tmp_path: Path, name: str) -> None:
     class Evil:

@@ -157,8 +157,8 @@ class FirstLayerNpz:
         return Moved(2 * len(inputs), 2 * len(both[0]), (*why, *more))
 
     def load(self, folder: Path, sink: TensorSink, progress: Progress) -> Moved:
-        """See `Layout.load`; also what the older scripts wrote."""
-        files = sorted(folder.glob("*.npz"), key=_sample_of)
+        """See `Layout.load`; also what the older scripts wrote, and one file of a folder."""
+        files = [folder] if folder.is_file() else sorted(folder.glob("*.npz"), key=_sample_of)
         found: dict[str, list[FirstLayer]] = {}
         documents = {path: json_of(stats_path(path)) for path in files}
         for path in files:
