@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from tensortap.errors import ConfigError, nearest
+from tensortap.errors import ConfigError
 from tensortap_analysis.weights.health import classic, default
 from tensortap_analysis.weights.health.issue import (
     SEVERITIES,
@@ -20,6 +19,7 @@ from tensortap_analysis.weights.health.issue import (
     Rule,
     Severity,
     layers_of,
+    limits_with,
 )
 from tensortap_analysis.weights.options import METHODS
 from tensortap_analysis.weights.result import ScanResult, encoded
@@ -144,10 +144,4 @@ def check_preset(name: str, thresholds: Mapping[str, float]) -> tuple[Preset, Li
     if name not in PRESETS:
         raise ConfigError(f"There is no preset {name!r}; there are {', '.join(PRESETS)}.")
     found = PRESETS[name]
-    for key, value in thresholds.items():
-        if key not in found.limits:
-            known = nearest(key, found.limits)
-            raise ConfigError(f"The preset {name} has no threshold {key!r}; closest: {known}.")
-        if not (math.isfinite(value) and value > 0):
-            raise ConfigError(f"A threshold is a number above 0, and {key}={value} is none.")
-    return found, {**found.limits, **thresholds}
+    return found, limits_with(name, found.limits, thresholds)

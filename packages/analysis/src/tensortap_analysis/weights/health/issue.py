@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from tensortap.errors import ConfigError, nearest
 from tensortap_analysis.weights.result import Facts, Metrics, ScanResult
 
 Severity = Literal["critical", "warning", "info"]
@@ -78,13 +79,31 @@ class Layer:
 
     @property
     def role(self) -> str:
-        """`self_attn.q_proj` of `model.layers.3.self_attn.q_proj`: what layers have in common."""
-        return _AFTER_LAYER.sub("", self.name)
+        """What layers have in common."""
+        return role_of(self.name)
 
 
 _AFTER_LAYER = re.compile(r"^.*\.\d+\.(?=\D)")
+
+
+def role_of(name: str) -> str:
+    """`self_attn.q_proj` of `model.layers.3.self_attn.q_proj`."""
+    return _AFTER_LAYER.sub("", name)
+
+
 Rule = Callable[[Sequence[Layer], Limits], Iterable[Issue]]
 """Finds the issues of one kind in all layers of a scan."""
+
+
+def limits_with(preset: str, limits: Limits, thresholds: Limits) -> Limits:
+    """The limits of a preset with some replaced; raises `ConfigError` for what is none."""
+    for key, value in thresholds.items():
+        if key not in limits:
+            known = nearest(key, limits)
+            raise ConfigError(f"The preset {preset} has no threshold {key!r}; closest: {known}.")
+        if not (math.isfinite(value) and value > 0):
+            raise ConfigError(f"A threshold is a number above 0, and {key}={value} is none.")
+    return {**limits, **thresholds}
 
 
 def layers_of(result: ScanResult) -> list[Layer]:
