@@ -14,8 +14,8 @@ from torch import nn
 import tensortap
 from tensortap.errors import RunExists
 from tensortap.layouts import layout
-from tensortap_neuron.command.models import Prompt
 from tensortap_neuron.command.naming import Place
+from tensortap_neuron.command.prompts import Prompt, folder_of
 
 RUN, FILES = "run", "layers-pt"
 """Below a prompt's folder: the run, and the same in the layout that older scripts read."""
@@ -66,9 +66,10 @@ _CAPTURE: Mapping[str, Any] = {
 }  # fmt: skip
 
 
-def require_new(out: Path, prompts: list[Prompt], *, overwrite: bool) -> None:
+def require_new(out: Path, prompts: int, *, overwrite: bool) -> None:
     """Raise `RunExists`, before a model is loaded, where a prompt's folder is there already."""
-    taken = [out / one.folder for one in prompts if (out / one.folder).exists()]
+    folders = [out / folder_of(number) for number in range(prompts)]
+    taken = [folder for folder in folders if folder.exists()]
     if taken and not overwrite:
         raise RunExists(f"{taken[0]} exists; choose another --out, or pass --overwrite.")
 

@@ -10,8 +10,8 @@ import typer
 
 from tensortap.errors import ConfigError
 from tensortap_neuron.command import printing, reporting
+from tensortap_neuron.command.captured import matched, opened, require_analysis
 from tensortap_neuron.command.comparing import PRESETS, all_compared
-from tensortap_neuron.command.prompts import matched, opened, require_analysis
 
 
 def compare(

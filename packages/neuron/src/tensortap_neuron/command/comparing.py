@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from tensortap.errors import ConfigError
 from tensortap.records import encode_float
+from tensortap_neuron.command.captured import Captured, Trio
 from tensortap_neuron.command.describing import MEAN
 from tensortap_neuron.command.naming import Place, place, places
 from tensortap_neuron.command.printing import cell
-from tensortap_neuron.command.prompts import Captured, Trio
 
 if TYPE_CHECKING:
     from tensortap_analysis import Comparison, Divergence, Judgement, Pair, RunComparison

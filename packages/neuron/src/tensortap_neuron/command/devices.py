@@ -59,10 +59,13 @@ def _require_neuron(word: str) -> None:
     try:
         torch.empty(0, device=word)
     except (RuntimeError, AttributeError, AssertionError) as failure:
+        # Torch's own message about a device type it does not know lists all others.
+        known = not str(failure).startswith("Expected one of")
+        why = f" ({_first_line(failure)})" if known else ""
         raise NotSupported(
-            f"--device {word} needs TorchNeuron (torch-neuronx 2.13.3 and later): "
-            f"{_first_line(failure)} For torch_xla write --device xla, for a compiled model "
-            "--compiled DIR."
+            f"--device {word}: this torch has no such device{why}. It comes with TorchNeuron "
+            "(torch-neuronx 2.13.3 and later); for torch_xla write --device xla, for a compiled "
+            "model --compiled DIR."
         ) from failure
 
 

@@ -9,18 +9,11 @@ import typer
 
 import tensortap
 from tensortap.errors import ConfigError
-from tensortap_neuron.command import describing, devices, models, printing
-from tensortap_neuron.command.capturing import (
-    FILES,
-    RUN,
-    Capturer,
-    Module,
-    capture,
-    require_new,
-)
+from tensortap_neuron.command import describing, models, printing
+from tensortap_neuron.command.capturing import FILES, RUN, capture, require_new
 from tensortap_neuron.command.describing import Described, described
-from tensortap_neuron.command.models import Prompt
-from tensortap_neuron.command.naming import places_of
+from tensortap_neuron.command.prompts import Prompt, tokenized
+from tensortap_neuron.command.running import How
 
 _TEST_TYPES = ("full", "extract-all")
 
@@ -29,7 +22,12 @@ def layers(
     model: Annotated[str, typer.Option(help="A folder, or a name in the local cache of the hub.")],
     prompt: Annotated[list[str], typer.Option(help="A text; may be repeated, one run each.")],
     out: Annotated[Path, typer.Option(help="Each prompt becomes a folder prompt-N in here.")],
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, xla or neuron.")] = "cpu",
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="cpu, cuda, cuda:1, xla or neuron; default: cpu, with --compiled neuron."
+        ),
+    ] = None,
     dtype: Annotated[
         str, typer.Option(help="fp64, fp32, bf16, fp16; auto: as the checkpoint says.")
     ] = "auto",
@@ -40,6 +38,12 @@ def layers(
     skip_compile: Annotated[
         bool, typer.Option("--skip-compile", help="Load what is in --compiled; compile nothing.")
     ] = False,
+    neuron_config: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE", help="Of NxDI's NeuronConfig, with --compiled: tp_degree=32."
+        ),
+    ] = None,
     test_type: Annotated[
         str, typer.Option(hidden=True, help="The older guide's: full or extract-all.")
     ] = "full",
@@ -55,11 +59,13 @@ def layers(
     older scripts. Exit code: 0 all is there and healthy, 1 a layer is missing or has NaN,
     infinities or |mean| > 10, 2 nothing could be done.
     """
-    _check(prompt, out, device, dtype, compiled, skip_compile, test_type)
+    how = How(model, device, dtype, compiled, skip_compile, neuron_config or [])
+    how.check()
+    _check(prompt, out, test_type)
     models.require_transformers()
-    wanted = [Prompt(number, text, (), "") for number, text in enumerate(prompt)]
-    require_new(out, wanted, overwrite=overwrite)
-    runner, found, about = _ready(model, prompt, device, dtype, compiled, skip_compile)
+    require_new(out, len(prompt), overwrite=overwrite)
+    found = tokenized(prompt, model)
+    runner, about = how.ready()
     results = []
     with printing.progress_of(len(found), "capturing") as progress:
         for one in found:
@@ -74,39 +80,14 @@ def layers(
     raise typer.Exit(0 if all(result.fine for _, result in results) else 1)
 
 
-def _check(
-    prompt: list[str], out: Path, device: str, dtype: str, compiled: Path | None,
-    skip_compile: bool, test_type: str,
-) -> None:  # fmt: skip
+def _check(prompt: list[str], out: Path, test_type: str) -> None:
     """Raise `ConfigError` for what can be told to be wrong without a model."""
-    devices.require_words(device, dtype)
     if test_type not in _TEST_TYPES:
         raise ConfigError(f"--test-type {test_type}: write one of {', '.join(_TEST_TYPES)}.")
-    if skip_compile and compiled is None:
-        raise ConfigError("--skip-compile needs --compiled DIR: nothing else is compiled first.")
     if not all(text.strip() for text in prompt):
         raise ConfigError("--prompt is empty.")
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is not a folder.")
-
-
-def _ready(
-    name: str, texts: list[str], device: str, dtype: str, compiled: Path | None, skip_compile: bool
-) -> tuple[Capturer, list[Prompt], dict[str, Any]]:
-    """The model where it runs, the prompts, and what every run's metadata says."""
-    where = devices.device_of(device)
-    loaded = models.load(name, dtype)
-    found = models.prompts(texts, loaded.tokenizer, models.vocabulary_of(loaded))
-    wanted = places_of(loaded.model)
-    runner = Module(devices.moved(loaded.model, where), where, wanted)
-    about = {
-        "model": name,
-        "device": str(where),
-        "dtype": str(next(runner.model.parameters()).dtype).removeprefix("torch."),
-        "compiler_flags": devices.flags(),
-        "packages": devices.versions(),
-    }
-    return runner, found, about
 
 
 def _json(prompt: Prompt, found: Described) -> dict[str, Any]:

@@ -73,6 +73,11 @@ def places_of(model: nn.Module) -> list[Place]:
             f"{type(model).__name__} has no layers that tensortap knows. Names of Hugging Face "
             'models come with tensortap-hf: pip install "tensortap[hf]".'
         )
+    return in_order(found)
+
+
+def in_order(found: Iterable[Place]) -> list[Place]:
+    """Embedding, layers by their number, final norm; tower by tower."""
     return sorted(found, key=_order)
 
 

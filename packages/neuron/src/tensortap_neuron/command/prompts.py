@@ -1,161 +1,72 @@
-"""Captured prompts below `--gpu-path`, `--neuron-path` and `--noise`, matched by their tokens."""
+"""Prompts as token ids."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from tensortap.errors import NotSupported, RunError
-from tensortap.store import Run
-from tensortap.store.layout import RUN as RUN_FILE
-from tensortap_neuron.command.capturing import RUN
+import torch
 
-_PROMPT = re.compile(r"prompt-(\d+)")
-_FILES = ("layer_*_output.pt", "embedding_output.pt", "final_norm_output.pt", "metadata.pt")
+from tensortap.errors import ConfigError
+from tensortap_neuron.command.models import LOCAL, configuration, vocabulary_of
 
 
 @dataclass(frozen=True, slots=True)
-class Captured:
-    """One prompt's tensors: an open run, and the path it is called by."""
+class Prompt:
+    """A text and its token ids; `tokens` says what made them: `tokenizer` or `bytes`."""
 
-    name: str
-    path: Path
-    run: Run
-
-    @property
-    def prompt(self) -> str | None:
-        """The text, where the run knows it."""
-        found = self.run.info.metadata.get("prompt")
-        return found if isinstance(found, str) else None
+    number: int
+    text: str
+    ids: tuple[int, ...]
+    tokens: str
 
     @property
-    def ids(self) -> tuple[int, ...] | None:
-        """The token ids, where the run knows them."""
-        found = _flat(self.run.info.metadata.get("token_ids"))
-        return found or None
-
-
-@dataclass(frozen=True, slots=True)
-class Trio:
-    """One prompt: the reference, the port, and the noise run if there is one."""
-
-    ref: Captured
-    port: Captured
-    noise: Captured | None
+    def folder(self) -> str:
+        """Its folder below `--out`."""
+        return folder_of(self.number)
 
     @property
-    def prompt(self) -> str | None:
-        """The text, where any of them knows it."""
-        known = (one.prompt for one in (self.ref, self.port, self.noise) if one is not None)
-        return next((text for text in known if text is not None), None)
+    def tensor(self) -> torch.Tensor:
+        """The ids [1, length]."""
+        return torch.tensor([self.ids])
 
 
-def _flat(ids: Any) -> tuple[int, ...]:
-    """Ids as a list, or as a batch of one, as tensors are written by older scripts."""
-    if isinstance(ids, list) and len(ids) == 1 and isinstance(ids[0], list):
-        ids = ids[0]
-    if not isinstance(ids, list) or not all(isinstance(one, int) for one in ids):
-        return ()
-    return tuple(ids)
+def folder_of(number: int) -> str:
+    """`prompt-0`: where a prompt's run lies below `--out`."""
+    return f"prompt-{number}"
 
 
-def require_analysis() -> None:
-    """Raise unless tensortap-analysis, which measures and judges, is installed."""
+def tokenizer(name: str) -> Any:
+    """The tokenizer beside a model; `None`: it has none, and bytes stand in."""
+    import transformers
+
     try:
-        import tensortap_analysis  # noqa: F401
-    except ImportError as failure:
-        raise NotSupported(
-            'comparing needs tensortap-analysis: pip install "tensortap[analysis]".'
-        ) from failure
+        found = transformers.AutoTokenizer.from_pretrained(name, **LOCAL)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError):
+        return None  # There is none; every run's metadata says what stood in.
+    # Where there are no files, transformers makes one of special tokens only, which loses all text.
+    words = found.get_vocab().keys() - set(found.all_special_tokens)
+    return found if words else None
 
 
-@contextmanager
-def opened(path: Path, option: str) -> Iterator[list[Captured]]:
-    """Every prompt below `path`: a run, a layers-pt folder, or what `neuron layers --out` made.
+def tokenized(texts: list[str], model: str) -> list[Prompt]:
+    """Token ids of each text, by the model's own tokenizer.
 
-    Files of older scripts are imported into a temporary directory. Raises `RunError` for a path
-    that is none of these.
+    Raises `ConfigError` for a text that has none, or too large ones.
     """
-    from tensortap_analysis.captured import sources
-
-    with ExitStack() as stack:
-        found = []
-        for name, place in _below(path, option):
-            layout = None if _is_run(place) else "layers-pt"
-            run = stack.enter_context(sources.opened(place, layout))
-            found.append(Captured(name, place, run))
-        yield found
-
-
-def _below(path: Path, option: str) -> Iterator[tuple[str, Path]]:
-    one = _single(path)
-    if one is not None:
-        yield path.resolve().name, one
-        return
-    numbered = sorted(
-        (int(match[1]), child)
-        for child in (path.iterdir() if path.is_dir() else ())
-        if (match := _PROMPT.fullmatch(child.name)) is not None
-    )
-    prompts = [(child.name, found) for _, child in numbered if (found := _single(child))]
-    if not prompts:
-        raise RunError(
-            f"{option} {path}: neither a run, nor a folder of layer_<i>_output.pt, nor what "
-            "`tensortap neuron layers --out` makes."
-        )
-    yield from prompts
-
-
-def _single(path: Path) -> Path | None:
-    """The run or the files of one prompt, here or in its folder."""
-    for place in (path, path / RUN):
-        if _is_run(place):
-            return place
-    return path if any(True for glob in _FILES for _ in path.glob(glob)) else None
-
-
-def _is_run(path: Path) -> bool:
-    return (path / RUN_FILE).is_file()
-
-
-def matched(
-    refs: Sequence[Captured], ports: Sequence[Captured], noises: Sequence[Captured] | None
-) -> tuple[list[Trio], list[str]]:
-    """Each prompt of the port beside the reference's and the noise's; and what found no partner.
-
-    Token ids decide where both sides know them, else folder names, or that there is one of each.
-    Raises `RunError` where no prompt has a partner.
-    """
-    trios, alone = [], []
-    for port in ports:
-        ref = _partner(port, refs, len(ports))
-        if ref is None:
-            alone.append(f"{port.path}: no run of --gpu-path was given the same tokens")
-            continue
-        noise = None if noises is None else _partner(port, noises, len(ports))
-        if noises is not None and noise is None:
-            alone.append(f"{port.path}: no run of --noise was given the same tokens")
-        trios.append(Trio(ref, port, noise))
-    used = {trio.ref.path for trio in trios}
-    alone += [f"{ref.path}: the port has no such prompt" for ref in refs if ref.path not in used]
-    if not trios:
-        raise RunError(
-            f"The runs were given other tokens, so there is nothing to compare: {alone[0]}. "
-            "Capture both with the same --prompt and tokenizer."
-        )
-    return trios, alone
-
-
-def _partner(port: Captured, others: Sequence[Captured], ports: int) -> Captured | None:
-    same = [one for one in others if one.ids == port.ids is not None]
-    named = [one for one in same if one.name == port.name]
-    if named or same:
-        return (named or same)[0]
-    unknown = [one for one in others if one.ids is None or port.ids is None]
-    if len(others) == ports == len(unknown) == 1:
-        return unknown[0]
-    return next((one for one in unknown if one.name == port.name), None)
+    encoder, vocabulary = tokenizer(model), vocabulary_of(model, configuration(model))
+    found = []
+    for number, text in enumerate(texts):
+        if encoder is None:
+            ids, by = [byte % vocabulary for byte in text.encode()], "bytes"
+        else:
+            ids, by = list(encoder(text)["input_ids"]), "tokenizer"
+        if not ids:
+            raise ConfigError(f"--prompt {text!r} becomes no token ids.")
+        if max(ids) >= vocabulary:
+            raise ConfigError(
+                f"--prompt {text!r} has token id {max(ids)}, and the vocabulary of the model ends "
+                f"at {vocabulary - 1}: is it the tokenizer of another model?"
+            )
+        found.append(Prompt(number, text, tuple(ids), by))
+    return found

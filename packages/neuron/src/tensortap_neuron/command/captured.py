@@ -1,0 +1,161 @@
+"""Captured prompts below `--gpu-path`, `--neuron-path` and `--noise`, matched by their tokens."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tensortap.errors import NotSupported, RunError
+from tensortap.store import Run
+from tensortap.store.layout import RUN as RUN_FILE
+from tensortap_neuron.command.capturing import RUN
+
+_PROMPT = re.compile(r"prompt-(\d+)")
+_FILES = ("layer_*_output.pt", "embedding_output.pt", "final_norm_output.pt", "metadata.pt")
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """One prompt's tensors: an open run, and the path it is called by."""
+
+    name: str
+    path: Path
+    run: Run
+
+    @property
+    def prompt(self) -> str | None:
+        """The text, where the run knows it."""
+        found = self.run.info.metadata.get("prompt")
+        return found if isinstance(found, str) else None
+
+    @property
+    def ids(self) -> tuple[int, ...] | None:
+        """The token ids, where the run knows them."""
+        found = _flat(self.run.info.metadata.get("token_ids"))
+        return found or None
+
+
+@dataclass(frozen=True, slots=True)
+class Trio:
+    """One prompt: the reference, the port, and the noise run if there is one."""
+
+    ref: Captured
+    port: Captured
+    noise: Captured | None
+
+    @property
+    def prompt(self) -> str | None:
+        """The text, where any of them knows it."""
+        known = (one.prompt for one in (self.ref, self.port, self.noise) if one is not None)
+        return next((text for text in known if text is not None), None)
+
+
+def _flat(ids: Any) -> tuple[int, ...]:
+    """Ids as a list, or as a batch of one, as tensors are written by older scripts."""
+    if isinstance(ids, list) and len(ids) == 1 and isinstance(ids[0], list):
+        ids = ids[0]
+    if not isinstance(ids, list) or not all(isinstance(one, int) for one in ids):
+        return ()
+    return tuple(ids)
+
+
+def require_analysis() -> None:
+    """Raise unless tensortap-analysis, which measures and judges, is installed."""
+    try:
+        import tensortap_analysis  # noqa: F401
+    except ImportError as failure:
+        raise NotSupported(
+            'comparing needs tensortap-analysis: pip install "tensortap[analysis]".'
+        ) from failure
+
+
+@contextmanager
+def opened(path: Path, option: str) -> Iterator[list[Captured]]:
+    """Every prompt below `path`: a run, a layers-pt folder, or what `neuron layers --out` made.
+
+    Files of older scripts are imported into a temporary directory. Raises `RunError` for a path
+    that is none of these.
+    """
+    from tensortap_analysis.captured import sources
+
+    with ExitStack() as stack:
+        found = []
+        for name, place in _below(path, option):
+            layout = None if _is_run(place) else "layers-pt"
+            run = stack.enter_context(sources.opened(place, layout))
+            found.append(Captured(name, place, run))
+        yield found
+
+
+def _below(path: Path, option: str) -> Iterator[tuple[str, Path]]:
+    one = _single(path)
+    if one is not None:
+        yield path.resolve().name, one
+        return
+    numbered = sorted(
+        (int(match[1]), child)
+        for child in (path.iterdir() if path.is_dir() else ())
+        if (match := _PROMPT.fullmatch(child.name)) is not None
+    )
+    prompts = [(child.name, found) for _, child in numbered if (found := _single(child))]
+    if not prompts:
+        raise RunError(
+            f"{option} {path}: neither a run, nor a folder of layer_<i>_output.pt, nor what "
+            "`tensortap neuron layers --out` makes."
+        )
+    yield from prompts
+
+
+def _single(path: Path) -> Path | None:
+    """The run or the files of one prompt, here or in its folder."""
+    for place in (path, path / RUN):
+        if _is_run(place):
+            return place
+    return path if any(True for glob in _FILES for _ in path.glob(glob)) else None
+
+
+def _is_run(path: Path) -> bool:
+    return (path / RUN_FILE).is_file()
+
+
+def matched(
+    refs: Sequence[Captured], ports: Sequence[Captured], noises: Sequence[Captured] | None
+) -> tuple[list[Trio], list[str]]:
+    """Each prompt of the port beside the reference's and the noise's; and what found no partner.
+
+    Token ids decide where both sides know them, else folder names, or that there is one of each.
+    Raises `RunError` where no prompt has a partner.
+    """
+    trios, alone = [], []
+    for port in ports:
+        ref = _partner(port, refs, len(ports))
+        if ref is None:
+            alone.append(f"{port.path}: no run of --gpu-path was given the same tokens")
+            continue
+        noise = None if noises is None else _partner(port, noises, len(ports))
+        if noises is not None and noise is None:
+            alone.append(f"{port.path}: no run of --noise was given the same tokens")
+        trios.append(Trio(ref, port, noise))
+    used = {trio.ref.path for trio in trios}
+    alone += [f"{ref.path}: the port has no such prompt" for ref in refs if ref.path not in used]
+    if not trios:
+        raise RunError(
+            f"The runs were given other tokens, so there is nothing to compare: {alone[0]}. "
+            "Capture both with the same --prompt and tokenizer."
+        )
+    return trios, alone
+
+
+def _partner(port: Captured, others: Sequence[Captured], ports: int) -> Captured | None:
+    same = [one for one in others if one.ids == port.ids is not None]
+    named = [one for one in same if one.name == port.name]
+    if named or same:
+        return (named or same)[0]
+    unknown = [one for one in others if one.ids is None or port.ids is None]
+    if len(others) == ports == len(unknown) == 1:
+        return unknown[0]
+    return next((one for one in unknown if one.name == port.name), None)
