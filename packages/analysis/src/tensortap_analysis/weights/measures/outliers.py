@@ -9,14 +9,14 @@ import numpy.typing as npt
 import torch
 
 from tensortap_analysis.weights.measures.facts import Facts
-from tensortap_analysis.weights.measures.pieces import working
 
 Doubles = npt.NDArray[np.float64]
 
 FAR = 6.0
 """Times the median length, beyond which a row or column stands out."""
-_SHOWN, _SAMPLE = 8, 64
-"""How many are listed; and how many rows are looked at to find columns."""
+_SHOWN, _SAMPLE, _TOGETHER = 8, 64, 8
+"""How many are listed; how many rows are looked at to find columns, and how many of them at once:
+what stays in the cache."""
 
 
 def outliers(facts: Facts) -> dict[str, Any]:
@@ -42,9 +42,15 @@ def _columns(facts: Facts) -> tuple[Doubles, Doubles]:
     height, width = facts.matrix.shape
     if not height or not width:
         return np.zeros(0), np.zeros(0)
-    some = facts.matrix[:: -(-height // _SAMPLE)].to(working(facts.matrix))
-    squares = (some.nan_to_num(0.0, 0.0, 0.0).to(torch.float64) * facts.unit).square_()
-    return squares.sum(0).numpy(), squares.amax(0).numpy()
+    total, largest = torch.zeros(2, width, dtype=torch.float64)
+    for piece in facts.matrix[:: -(-height // _SAMPLE)].split(_TOGETHER):
+        wide = piece.to(torch.float64, copy=True)
+        if facts.not_finite is not None:
+            wide.nan_to_num_(0.0, 0.0, 0.0)
+        squares = wide.mul_(facts.unit).square_()
+        total += squares.sum(0)
+        torch.maximum(largest, squares.amax(0), out=largest)
+    return total.numpy(), largest.numpy()
 
 
 def _far(squares: Doubles, largest: Doubles) -> list[list[int | float]]:
