@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import warnings
 import zipfile
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -77,7 +78,8 @@ def _loaded(path: Path, allowed: AbstractContextManager[Any]) -> Any:
     try:
         mapped = zipfile.is_zipfile(path)
         _require_small_pickle(path, mapped)
-        with allowed:
+        with allowed, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's advice is for whoever wrote the file.
             return torch.load(path, weights_only=True, map_location="cpu", mmap=mapped)
     except Exception as failure:
         # Whatever a hostile or damaged file makes torch raise, it is this file that is wrong.

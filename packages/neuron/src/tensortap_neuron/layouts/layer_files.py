@@ -137,12 +137,14 @@ def _ours(info: RunInfo, at: Moment) -> dict[str, Any]:
     }
 
 
-def _record(record: TensorRecord) -> dict[str, str]:
+def _record(record: TensorRecord) -> dict[str, Any]:
+    valid = {} if record.placement is None else record.placement.valid
     return {
         "name": str(record.name),
         "native": record.native,
         "dims": record.dims or "",
         "device": record.device,
+        "valid": {str(axis % len(record.shape)): length for axis, length in valid.items()},
     }
 
 

@@ -15,7 +15,7 @@ import torch
 
 from tensortap.errors import ConfigError
 from tensortap.names import TensorName
-from tensortap.records import Coordinates, RunInfo
+from tensortap.records import Coordinates, Placement, RunInfo
 from tensortap_neuron.layouts.files import Inert, read_objects
 
 METADATA = "metadata.pt"
@@ -80,6 +80,18 @@ class About:
         """Where the values were."""
         return _text(self._record(what), "device") or "cpu"
 
+    def placement_of(self, what: str, shape: Sequence[int]) -> Placement | None:
+        """Where padding begins: as the run knew it, else behind the longest row of the mask."""
+        if self.ours:
+            axes = _mapping(self._record(what), "valid").items()
+            valid = {int(axis): n for axis, n in axes if axis.isdecimal() and type(n) is int}
+            good = all(axis < len(shape) and 0 <= n <= shape[axis] for axis, n in valid.items())
+            return Placement(valid=valid) if valid and good else None
+        longest = max(self.lengths, default=0)
+        if len(shape) != 3 or not 0 < longest < shape[1] or len(self.lengths) != shape[0]:
+            return None
+        return Placement(valid={1: longest})
+
     def lost(self, found: Mapping[str, Path]) -> dict[str, str]:
         """Tensors that the statistics speak of and no file holds, with the reason."""
         return {
@@ -102,8 +114,10 @@ def read_about(path: Path) -> About:
     content = read_objects(path)
     lengths, left = _lengths(content)
     ours = _mapping(content, OURS)
-    said = {key: plain(content[key]) for key in content if key not in _ELSEWHERE}
-    about = {**said, "token_ids": _token_ids(content), **_mapping(ours, "metadata")}
+    about = ours.get("metadata")
+    if not isinstance(about, dict):
+        said = {key: plain(content[key]) for key in content if key not in _ELSEWHERE}
+        about = {**said, "token_ids": _token_ids(content)}
     return About(
         metadata={key: value for key, value in about.items() if value is not None},
         config=_config(content.get("config")),
@@ -145,13 +159,13 @@ def _token_ids(content: Mapping[str, Any]) -> Any:
 
 
 def _lengths(content: Mapping[str, Any]) -> tuple[tuple[int, ...], bool]:
-    """Tokens of each row, by the mask or the number of ids; and whether pads come first."""
-    mask, ids = (_rows(content.get(key)) for key in ("attention_mask", "input_ids"))
+    """Tokens of each row, by the attention mask, and whether pads come first."""
+    mask = _rows(content.get("attention_mask"))
     if mask is None:
-        return (() if ids is None else tuple(len(row) for row in ids)), False
+        return (), False
     lengths = tuple(sum(map(bool, row)) for row in mask)
-    on_the_right = all(all(row[:length]) for row, length in zip(mask, lengths, strict=True))
-    return (lengths, False) if on_the_right else ((), True)
+    first = all(all(row[:length]) for row, length in zip(mask, lengths, strict=True))
+    return (lengths, False) if first else ((), True)
 
 
 def _rows(found: Any) -> list[list[Any]] | None:

@@ -10,14 +10,13 @@ begins. The folder holds one forward. `export` takes the first of a run and name
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 from tensortap.errors import RunError
 from tensortap.layouts import Moved, Progress
 from tensortap.names import TensorName
-from tensortap.records import Placement
 from tensortap.sinks import TensorSink
 from tensortap.store import Run
 from tensortap_neuron.layouts.files import cause, read_tensor
@@ -86,20 +85,12 @@ def _pieces(found: Mapping[str, Path], about: About, findings: Findings) -> list
                 about.at,
                 partial(read_tensor, path),
                 path.name,
-                _valid(shape, about.lengths),
+                about.placement_of(what, shape),
                 about.dims_of(what),
                 about.device_of(what),
             )
         )
     return pieces
-
-
-def _valid(shape: Sequence[int], lengths: Sequence[int]) -> Placement | None:
-    """Padding behind the longest row of the prompt."""
-    longest = max(lengths, default=0)
-    if len(shape) != 3 or not 0 < longest < shape[1] or len(lengths) != shape[0]:
-        return None
-    return Placement(logical_shape=tuple(shape), valid={1: longest})
 
 
 def _note(found: Mapping[str, Path], about: About, findings: Findings) -> None:
