@@ -16,7 +16,8 @@ _Column = tuple[str, str, str, Callable[[float], str]]
 _FEW = 5
 
 
-def _g(value: float) -> str:
+def general(value: float) -> str:
+    """Three digits, whatever the size."""
     return f"{value:.3g}"
 
 
@@ -29,18 +30,18 @@ def _tenths(value: float) -> str:
 
 
 _COLUMNS: tuple[_Column, ...] = (
-    ("condition", "spectral", "condition_number", _g),
-    ("s_max", "spectral", "s_max", _g),
+    ("condition", "spectral", "condition_number", general),
+    ("s_max", "spectral", "s_max", general),
     ("stable rank", "spectral", "stable_rank", _tenths),
     ("rank 99 %", "spectral", "energy_rank_99", _whole),
-    ("> 3 sigma %", "quantization", "extreme_outlier_percentage", _g),
+    ("> 3 sigma %", "quantization", "extreme_outlier_percentage", general),
     ("max/rms", "quantization", "dynamic_range_rms", _tenths),
     ("int8 dB", "quantization", "sqnr_db", _tenths),
     ("per channel", "quantization", "sqnr_db_per_channel", _tenths),
     ("zeros", "sparsity", "zeros", _whole),
     ("dead rows", "sparsity", "dead_rows", _whole),
-    ("l2", "norms", "l2", _g),
-    ("max", "norms", "max", _g),
+    ("l2", "norms", "l2", general),
+    ("max", "norms", "max", general),
 )
 _COLOURS = {"critical": "red", "warning": "yellow", "info": "cyan"}
 
@@ -82,7 +83,7 @@ def health_lines(found: Health, limit: int = _FEW) -> Iterator[str]:
     yield f"[bold]score {found.score:.0f} of 100: {found.verdict}[/]  ({counts}; {found.preset})"
     for severity, issues in found.issues.items():
         for issue in issues[: limit or None]:
-            yield _issue(issue, _COLOURS[severity])
+            yield issue_line(issue)
         if limit and len(issues) > limit:
             yield f"  … and {len(issues) - limit:,} more of {severity}: raise --limit."
     if found.unmeasured:
@@ -94,9 +95,11 @@ def health_lines(found: Health, limit: int = _FEW) -> Iterator[str]:
         )
 
 
-def _issue(issue: Issue, colour: str) -> str:
-    where = f"  [{colour}]{issue.severity}[/] [bold]{shown(issue.layer)}[/]"
-    return f"{where} {escape(issue.cause)} [dim]{escape(issue.remedy)}[/]"
+def issue_line(issue: Issue, others: int = 0) -> str:
+    """One issue, of so many `others` too; rich markup."""
+    more = f" and {others:,} more" if others else ""
+    where = f"[{_COLOURS[issue.severity]}]{issue.severity}[/] [bold]{shown(issue.layer)}[/]{more}"
+    return f"  {where} {escape(issue.cause)} [dim]{escape(issue.remedy)}[/]"
 
 
 def skipped_lines(skipped: Iterable[Skipped]) -> Iterator[str]:

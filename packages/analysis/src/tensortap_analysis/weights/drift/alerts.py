@@ -1,33 +1,51 @@
 """What is odd about a drift: explosion, collapse, stall; with cause and remedy.
 
 `classic` has the thresholds of the older guide. They look at the ratio of norms, which is 1 for two
-unrelated matrices and for one that only turned; `default` looks at the change itself.
+unrelated matrices and for one that only turned; `default` looks at the change itself. In both, what
+begins at nothing is judged by the size it reaches, and NaN is critical.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from tensortap.errors import ConfigError, nearest
+from tensortap.errors import ConfigError
+from tensortap_analysis.weights.drift.growth import (
+    STOP,
+    WATCH,
+    beginning,
+    begun_apart,
+    is_matrix,
+    norm_issues,
+    whole_way,
+)
 from tensortap_analysis.weights.drift.tracking import Drift
 from tensortap_analysis.weights.health import SEVERITIES, Issue, Severity
+from tensortap_analysis.weights.health.default import typical_condition
+from tensortap_analysis.weights.health.issue import limits_with
 
 Row = Mapping[str, Any]
 Limits = Mapping[str, float]
 
 LIMITS: Mapping[str, Limits] = {
-    "classic": {"explosion": 10.0, "ratio": 2.0, "condition_growth": 100.0, "stall": 0.01},
+    "classic": {
+        "explosion": 10.0, "ratio": 2.0, "condition_growth": 100.0, "stall": 0.01,
+        "large": 3.0, "peers": 10.0,
+    },
     "default": {
-        "explosion": 10.0, "ratio": 2.0, "condition_growth": 100.0, "rank_ratio": 0.5,
-        "cosine": 0.5, "row_change": 10.0, "peers": 10.0, "stall": 1e-6, "lost_updates": 0.99,
+        "explosion": 10.0, "ratio": 2.0, "large": 3.0, "condition_growth": 100.0,
+        "condition_ratio": 1000.0, "rank_ratio": 0.5, "cosine": 0.5, "row_change": 10.0,
+        "peers": 10.0, "stall": 1e-6, "lost_updates": 0.99,
     },
 }  # fmt: skip
-_STOP = "Stop, go back to the checkpoint before, lower the learning rate tenfold, clip gradients."
+ALL = "all weights"
+"""The layer of an issue that is about most of them."""
 _FEWEST = 4
 """Matrices, below which there is no saying what is usual."""
-_WATCH = "Watch the learning rate and the gradient norm of these steps."
 
 
 def alerts(drift: Drift, preset: str = "default", thresholds: Limits | None = None) -> list[Issue]:
@@ -35,37 +53,76 @@ def alerts(drift: Drift, preset: str = "default", thresholds: Limits | None = No
 
     `thresholds` replace limits of the preset. Raises `ConfigError` for one that it does not have.
     """
-    limits = _limits(preset, thresholds or {})
+    limits = limits_of_preset(preset, thresholds or {})
     rules = _classic if preset == "classic" else _default
     found = [issue for layer, row in drift.layers.items() for issue in rules(layer, row, limits)]
-    if "peers" in limits:
+    apart = [*begun_apart(drift.layers, limits)]
+    if preset != "classic":
         told = {issue.layer for issue in found if issue.severity != "info"}
-        apart = _among_peers(drift.layers, limits["peers"])
-        found += [issue for issue in apart if issue.layer not in told]
-    return _ranked(found)
+        changed = _among_peers(drift.layers, limits["peers"])
+        apart += [issue for issue in changed if issue.layer not in told]
+        found = _as_one(found, drift.layers)
+    return _ranked(_worst_of_each([*found, *apart]))
+
+
+def _worst_of_each(found: Iterable[Issue]) -> list[Issue]:
+    """One explosion by layer: it may be one by its size and one among its peers."""
+    worst: dict[tuple[str, str], Issue] = {}
+    for issue in _ranked(found):
+        what = issue.rule if issue.rule == "explosion" else issue.cause
+        worst.setdefault((issue.layer, what), issue)
+    return list(worst.values())
 
 
 def overall_alerts(
     steps: Sequence[Drift], preset: str = "default", thresholds: Limits | None = None
 ) -> list[Issue]:
-    """Norms that grew or vanished over all steps together, each of which may look harmless."""
-    limits = _limits(preset, thresholds or {})
-    found: list[Issue] = []
-    for layer in dict.fromkeys(layer for step in steps for layer in step.layers):
-        rows = [step.layers[layer] for step in steps if layer in step.layers]
-        ratio = _over_all(rows)
-        found += _explosion(layer, ratio, limits, vanishing="critical")
+    """Norms that grew or vanished over all steps together, each of which may look harmless.
+
+    Weights grow in training: only those are told that did so unlike most others.
+    """
+    limits = limits_of_preset(preset, thresholds or {})
+    ways = {
+        layer: way
+        for layer in dict.fromkeys(layer for step in steps for layer in step.layers)
+        if (way := whole_way([step.layers[layer] for step in steps if layer in step.layers]))
+    }
+    usual = _usual_ratio(ways.values())
+    found = [
+        issue for layer, way in ways.items() for issue in norm_issues(layer, way, limits)
+        if issue.rule != "began" and _unlike(way["l2_norm_ratio"], usual, limits["ratio"])
+    ]  # fmt: skip
     return _ranked(found)
 
 
-def _over_all(rows: Sequence[Row]) -> float | None:
-    """The last norm over the first, where there is more than one step."""
-    first, last = rows[0]["l2_before"], rows[-1]["l2_after"]
-    return last / first if len(rows) > 1 and first and last is not None else None
+def _usual_ratio(ways: Iterable[Row]) -> float:
+    """Of matrices, 1 where there are too few to say."""
+    ratios = [way["l2_norm_ratio"] for way in ways if is_matrix(way)]
+    return statistics.median(ratios) if len(ratios) >= _FEWEST else 1.0
 
 
-def _ranked(found: list[Issue]) -> list[Issue]:
+def _unlike(ratio: float, usual: float, limit: float) -> bool:
+    return not usual or not usual / limit <= ratio <= usual * limit
+
+
+def _ranked(found: Iterable[Issue]) -> list[Issue]:
     return sorted(found, key=lambda issue: (SEVERITIES.index(issue.severity), -issue.excess))
+
+
+def _as_one(found: list[Issue], layers: Mapping[str, Row]) -> list[Issue]:
+    """Where most matrices are other ones, that is one thing to say, and not of each."""
+    others = [issue for issue in found if issue.rule == "replaced"]
+    matrices = sum(is_matrix(row) for row in layers.values())
+    if matrices < _FEWEST or len(others) <= matrices / 2:
+        return found
+    worst = max(others, key=lambda issue: issue.excess)
+    cause = f"{len(others):,} of {matrices:,} matrices are other ones by now: cosines below "
+    remedy = (
+        "Are these checkpoints of one training, and not of another seed or model? From a first "
+        "step to a last one it is usual."
+    )
+    one = replace(worst, layer=ALL, cause=f"{cause}{worst.limit:.3g}.", remedy=remedy)
+    return [*(issue for issue in found if issue.rule != "replaced"), one]
 
 
 def _among_peers(layers: Mapping[str, Row], limit: float) -> Iterator[Issue]:
@@ -73,7 +130,7 @@ def _among_peers(layers: Mapping[str, Row], limit: float) -> Iterator[Issue]:
     changes = {
         layer: row["relative_change"]
         for layer, row in layers.items()
-        if row["kind"] != "vector" and row["relative_change"]
+        if is_matrix(row) and row["relative_change"] and not beginning(row)
     }
     if len(changes) < _FEWEST:
         return
@@ -83,72 +140,82 @@ def _among_peers(layers: Mapping[str, Row], limit: float) -> Iterator[Issue]:
             cause = (
                 f"It changed by {change:.3g} of its norm, {change / median:.3g} times the median."
             )
-            yield Issue(layer, "peers", "warning", cause, _WATCH, change, limit * median,
+            yield Issue(layer, "peers", "warning", cause, WATCH, change, limit * median,
                         change / (limit * median))  # fmt: skip
 
 
-def _limits(preset: str, thresholds: Limits) -> Limits:
+def limits_of_preset(preset: str, thresholds: Limits) -> Limits:
+    """Raises `ConfigError` for a preset or threshold that there is not, or that is no number."""
     if preset not in LIMITS:
-        raise ConfigError(f"There is no preset {preset!r}; there are {nearest(preset, LIMITS)}.")
-    for name in thresholds:
-        if name not in LIMITS[preset]:
-            known = nearest(name, LIMITS[preset])
-            raise ConfigError(f"The preset {preset} has no threshold {name!r}; it has {known}.")
-    return {**LIMITS[preset], **thresholds}
+        raise ConfigError(f"There is no preset {preset!r}; there are {', '.join(LIMITS)}.")
+    return limits_with(preset, LIMITS[preset], thresholds)
 
 
 def _classic(layer: str, row: Row, limits: Limits) -> Iterator[Issue]:
-    ratio = row["l2_norm_ratio"]
-    yield from _explosion(layer, ratio, limits, vanishing="warning")
+    if row["not_finite_after"] or row["not_finite_before"]:
+        yield _not_finite(layer, row)
+        return
+    yield from norm_issues(layer, row, limits, vanishing="warning")
     growth = row.get("condition_growth")
     if growth is not None and growth > limits["condition_growth"]:
-        yield _collapse(layer, growth, limits["condition_growth"], "critical")
-    if ratio is not None and abs(ratio - 1) <= limits["stall"]:
-        cause = f"Its norm is {ratio:.4f} times what it was: it may not be learning."
+        yield _collapse(layer, row, limits["condition_growth"], "critical")
+    if _stalled(row, limits["stall"]):
+        cause = f"Its norm is {row['l2_norm_ratio']:.4f} times what it was: it may not be learning."
         remedy = "Is it frozen, or its learning rate too low?"
-        yield Issue(layer, "stall", "warning", cause, remedy, ratio, limits["stall"])
+        yield Issue(layer, "stall", "warning", cause, remedy, row["l2_norm_ratio"], limits["stall"])
+
+
+def _stalled(row: Row, limit: float) -> bool:
+    """Is the norm as it was, and did the matrix not turn either?
+
+    The guide looks at the norm alone, which stays within 1 % in many layers that learn well; and
+    gains of normalisation are near 1 for as long as they live.
+    """
+    ratio, change = row["l2_norm_ratio"], row["relative_change"]
+    if ratio is None or not 1 - limit <= ratio <= 1 + limit:
+        return False
+    still = is_matrix(row) and change is not None
+    # A norm that is the limit's share larger moved by as much, but for rounding.
+    return row["unchanged"] == 1 or (still and change <= limit * (1 + 1e-9))
+
+
+def _not_finite(layer: str, row: Row) -> Issue:
+    after, before = row["not_finite_after"], row["not_finite_before"]
+    if not after:
+        cause = f"{_count(before)} NaN or infinite before: how far it went cannot be told."
+        return Issue(layer, "not finite", "info", cause, "Are the checkpoints in their order?",
+                     before, 0.0)  # fmt: skip
+    cause = f"{_count(after)} NaN or infinite; {before or 'none'} before."
+    return Issue(layer, "not finite", "critical", cause, STOP, after, 0.0, math.inf)
+
+
+def _count(values: int) -> str:
+    return "1 of its values is" if values == 1 else f"{values:,} of its values are"
 
 
 def _default(layer: str, row: Row, limits: Limits) -> Iterator[Issue]:
-    broken = row["not_finite_after"]
-    if broken:
-        cause = f"{broken:,} of its values are NaN or infinite, {row['not_finite_before']:,} were."
-        yield Issue(layer, "not finite", "critical", cause, _STOP, broken, 0.0, float("inf"))
+    if row["not_finite_after"] or row["not_finite_before"]:
+        yield _not_finite(layer, row)
         return
-    yield from _explosion(layer, row["l2_norm_ratio"], limits, vanishing="critical")
+    yield from norm_issues(layer, row, limits)
     yield from _conditioning(layer, row, limits)
     yield from _direction(layer, row, limits)
     yield from _stall(layer, row, limits)
 
 
-def _explosion(
-    layer: str, ratio: float | None, limits: Limits, *, vanishing: Severity
-) -> Iterator[Issue]:
-    """A norm that is many times what it was, or few; `vanishing`: how bad the latter is at most."""
-    if ratio is None:
-        return
-    grew = ratio > 1
-    far = ratio if grew else 1 / ratio if ratio else float("inf")
-    severe = far > limits["explosion"]
-    limit = limits["explosion" if severe else "ratio"]
-    if far > limit:
-        severity: Severity = "warning" if not severe else "critical" if grew else vanishing
-        cause = f"Its norm is {ratio:.3g} times what it was."
-        word, remedy = "explosion" if grew else "vanishing", _STOP if severe else _WATCH
-        yield Issue(layer, word, severity, cause, remedy, ratio, limit, far / limit)
-
-
-def _collapse(layer: str, growth: float, limit: float, severity: Severity) -> Issue:
-    cause = f"Its condition number is {growth:.3g} times what it was: directions vanish."
+def _collapse(layer: str, row: Row, limit: float, severity: Severity) -> Issue:
+    growth, after = row["condition_growth"], row["condition_after"]
+    cause = f"Its condition number is {growth:.3g} times what it was, now {after:.3g}: directions "
     remedy = "Compute it in a higher precision; regularise it, or lower the learning rate."
-    return Issue(layer, "collapse", severity, cause, remedy, growth, limit, growth / limit)
+    return Issue(layer, "collapse", severity, f"{cause}vanish.", remedy, growth, limit,
+                 growth / limit)  # fmt: skip
 
 
 def _conditioning(layer: str, row: Row, limits: Limits) -> Iterator[Issue]:
     growth, limit = row.get("condition_growth"), limits["condition_growth"]
     known = "condition_growth" not in row.get("unresolved", {})
-    if growth is not None and known and growth > limit:
-        yield _collapse(layer, growth, limit, "warning")
+    if growth is not None and known and growth > limit and _extreme(row, limits["condition_ratio"]):
+        yield _collapse(layer, row, limit, "warning")
     ranks, least = row.get("effective_rank_ratio"), limits["rank_ratio"]
     if ranks is not None and ranks < least:
         cause = f"Its effective rank is {ranks:.3g} of what it was: it collapses."
@@ -157,9 +224,20 @@ def _conditioning(layer: str, row: Row, limits: Limits) -> Iterator[Issue]:
         yield Issue(layer, "collapse", "warning", cause, remedy, ranks, least, excess)
 
 
+def _extreme(row: Row, limit: float) -> bool:
+    """Is the condition number beyond what matrices of this shape have?
+
+    Those of square ones come and go a hundredfold from step to step.
+    """
+    shape = row["shape"][1:] if row["kind"] == "experts" else row["shape"]
+    typical = typical_condition(shape[0], math.prod(shape[1:]))
+    return bool(row["condition_after"] > limit * typical)
+
+
 def _direction(layer: str, row: Row, limits: Limits) -> Iterator[Issue]:
     cosine, change, row_change = row["cosine"], row["relative_change"], row["row_change_max"]
-    if cosine is not None and change is not None and cosine < limits["cosine"] and change > 0.5:
+    turned = cosine is not None and cosine < limits["cosine"] and (change or 0.0) > 0.5
+    if turned and is_matrix(row) and not beginning(row):
         cause = f"Its cosine with what it was is {cosine:.3g}: it is another matrix by now."
         remedy = "Was it initialised anew, permuted, or is this another model?"
         excess = 1 + limits["cosine"] - cosine

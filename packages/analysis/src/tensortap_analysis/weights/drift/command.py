@@ -135,7 +135,7 @@ def _print(steps: Sequence[Drift], issues: Sequence[Sequence[Issue]], limit: int
         console.print(f"… and {count - limit:,} more weights: raise --limit.")
     for at, (step, some) in enumerate(zip(steps, issues[:-1], strict=True)):
         number = f"{at + 1}: " if many else ""
-        found = f"{len(some):,} alerts" if some else "nothing odd"
+        found = f"{len(some):,} alert{'s'[: len(some) != 1]}" if some else "nothing odd"
         console.print(f"{number}[bold]{shown(step.before)} → {shown(step.after)}[/]: {found}")
         for line in alert_lines(some, limit):
             console.print(line)

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 
-from tensortap_analysis.weights.command.tables import shown
+from tensortap_analysis.weights.command.tables import general, issue_line, shown
 from tensortap_analysis.weights.drift.tracking import Drift
 from tensortap_analysis.weights.health import Issue
-
-_COLOURS = {"critical": "red", "warning": "yellow", "info": "cyan"}
-
-
-def _g(value: float) -> str:
-    return f"{value:.3g}"
 
 
 def _percent(value: float) -> str:
@@ -28,7 +22,7 @@ _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("norm ratio", "l2_norm_ratio", lambda value: f"{value:.5g}"),
     ("cosine", "cosine", lambda value: f"{value:.6f}"),
     ("spectral ratio", "spectral_norm_ratio", lambda value: f"{value:.5g}"),
-    ("condition x", "condition_growth", _g),
+    ("condition x", "condition_growth", general),
     ("row most", "row_change_max", _percent),
     ("unchanged", "unchanged", _percent),
 )
@@ -77,13 +71,17 @@ def _cell(row: Any, metric: str, show: Callable[[Any], str]) -> str:
     value = row.get(metric)
     if value is None:
         return "-"
+    if value == math.inf:
+        return "inf" if row["l2_before"] else "from 0"
     return f"{show(value)}{'~' if metric in row.get('unresolved', {}) else ''}"
 
 
 def alert_lines(issues: Sequence[Issue], limit: int) -> Iterator[str]:
-    """The worst first, with cause and remedy; rich markup."""
-    for issue in issues[: limit or None]:
-        where = f"  [{_COLOURS[issue.severity]}]{issue.severity}[/] [bold]{shown(issue.layer)}[/]"
-        yield f"{where} {escape(issue.cause)} [dim]{escape(issue.remedy)}[/]"
-    if limit and len(issues) > limit:
-        yield f"  … and {len(issues) - limit:,} more: raise --limit."
+    """The worst first, with cause and remedy; what holds of several is one line. Rich markup."""
+    groups: dict[tuple[str, str, str], list[Issue]] = {}
+    for issue in issues:
+        groups.setdefault((issue.severity, issue.cause, issue.remedy), []).append(issue)
+    lines = [issue_line(some[0], len(some) - 1) for some in groups.values()]
+    yield from lines[: limit or None]
+    if limit and len(lines) > limit:
+        yield f"  … and {len(lines) - limit:,} more: raise --limit."

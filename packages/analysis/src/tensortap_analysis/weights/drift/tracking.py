@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -60,9 +61,10 @@ def track(
     """Compare each checkpoint with the one before it; the metrics are those of `change`.
 
     With `spectral`, which takes most of the time, matrices also have `spectral_norm_ratio`,
-    `condition_growth`, `effective_rank_ratio` and what those are made of. Of a stack of experts
-    each metric is that of the expert that is worst off. Raises `CheckpointError` and
-    `SelectionError`.
+    `condition_growth`, `effective_rank_ratio` and what those are made of. `size_before` and
+    `size_after` are root mean squares of the values of a vector, of a matrix those of its outputs
+    for independent inputs of 1. Of a stack of experts each metric is that of the expert that is
+    worst off. Raises `CheckpointError` and `SelectionError`.
     """
     if len(scopes) < 2:
         raise ConfigError("Drift needs two checkpoints at least.")
@@ -137,6 +139,7 @@ def _compared(
         if old is None or new is None or old.shape != new.shape:
             return _reshaped(before, after), []
         part = change(old, new)
+        part |= _sizes(part, old.shape, after.has_spectrum)
         if spectral:
             was = known[index] if known else spectra(old, before.dtype)
             spectra_after.append(spectra(new, after.dtype))
@@ -149,6 +152,16 @@ def _compared(
     names = {key: dtype_name(dtype) for key, dtype in dtypes.items()}
     about = {"shape": list(after.shape), "kind": after.kind, **names}
     return about | found, spectra_after
+
+
+def _sizes(part: Comparison, shape: Sequence[int], is_matrix: bool) -> Comparison:
+    """Root mean squares: of a matrix's outputs for independent inputs of 1, or of the values."""
+    count = shape[0] if is_matrix else shape[0] * shape[1]
+    norms = {"size_before": part["l2_before"], "size_after": part["l2_after"]}
+    return {
+        name: None if norm is None or not count else norm / math.sqrt(count)
+        for name, norm in norms.items()
+    }
 
 
 def _reshaped(before: Weight, after: Weight) -> str:
