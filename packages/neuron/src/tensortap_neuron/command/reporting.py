@@ -68,7 +68,11 @@ def _limits(result: Result, preset: str) -> str:
 
     by = known(PRESETS[preset], result.found.thresholds)
     limits = ", ".join(f"{key} {value:g}" for key, value in by.limits.items())
-    return f"{preset}: {by.says} ({limits})"
+    says = by.says
+    if by.name == "noise":
+        known = result.trio.noise is not None
+        says = "error over the noise run's" if known else "error over an estimate of rounding"
+    return f"{preset}: {says} ({limits})"
 
 
 def _cells(row: Row, *, noisy: bool) -> tuple[object, ...]:
