@@ -52,7 +52,8 @@ class Shares:
         """Every tensor of every forward, on the ranks that hold it."""
         passes = {one.path: one for r in requests for f in r.forwards for one, _ in f.parts}
         modules = {path: modules_of(path) for path in passes}
-        self._names = canonical_names(sorted({name for some in modules.values() for name in some}))
+        paths = sorted({name for some in modules.values() for name in some})
+        self._names = canonical_names(paths, fused=True)
         for path, some in modules.items():
             self._held[path] = {
                 module: kept
