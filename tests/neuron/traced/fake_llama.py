@@ -28,7 +28,7 @@ from transformers.models.llama.modeling_llama import (
 
 
 def tiny_config(**more: Any) -> LlamaConfig:
-    sizes = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    sizes = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 50, "num_hidden_layers": 3}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
     return LlamaConfig(**{**sizes, **more}, attn_implementation="eager", tie_word_embeddings=False)
 
@@ -98,7 +98,7 @@ class FakeAttention(nn.Module):
         self.qkv_proj, self.o_proj = FakeQKV(config, neuron, group), FakeO(config, neuron, group)
         self.split, self.group = neuron.sequence_parallel_enabled, group
         self.width = self.qkv_proj.head_dim
-        self.kept: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.kept: list[torch.Tensor] = []
 
     def forward(self, hidden_states, attention_mask=None, position_ids=None, rotary=None, length=0):
         if self.split and length == 0:
@@ -112,13 +112,13 @@ class FakeAttention(nn.Module):
                 torch.cat([old[:, :, :length], new], 2)
                 for old, new in zip(self.kept, (k, v), strict=True)
             )
-        self.kept = (k, v)
+        self.kept[:] = k, v
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         scores = q @ k.transpose(2, 3) * self.width**-0.5
         if not length:
             scores = scores + torch.full((tokens, tokens), float("-inf")).triu(1)
         context = scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
-        return self.o_proj(context.transpose(1, 2).reshape(rows, tokens, -1)), self.kept
+        return self.o_proj(context.transpose(1, 2).reshape(rows, tokens, -1)), tuple(self.kept)
 
 
 class FakeMLP(nn.Module):

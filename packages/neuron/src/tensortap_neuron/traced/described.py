@@ -85,7 +85,7 @@ def describe(model_or_config: Any, modules: Any = None) -> Described:
     config = _text(config)
     live = isinstance(model, nn.Module) and not hasattr(model, "models")
     if modules is not None:
-        listed, complete = tuple(_listed(modules)), True
+        listed, complete = tuple(path for path in _listed(modules) if path != "layers"), True
     elif live:
         listed, complete = _available(model), True
     else:
@@ -132,10 +132,14 @@ def _listed(modules: Any) -> Iterator[str]:
 
 
 def _available(model: nn.Module) -> tuple[str, ...]:
-    """What NxD's own `get_available_modules` says, or the same without NxD."""
+    """What NxD's own `get_available_modules` says, or the same without NxD.
+
+    Lists of modules are in there as well, but have no call of their own to capture.
+    """
     lister = _nxd_lister()
     found = lister(model) if lister is not None else [p for p, _ in model.named_modules() if p]
-    return tuple(dict.fromkeys(found))
+    called = {p for p, m in model.named_modules() if not isinstance(m, nn.ModuleList)}
+    return tuple(path for path in dict.fromkeys(found) if path in called)
 
 
 def _nxd_lister() -> Any:

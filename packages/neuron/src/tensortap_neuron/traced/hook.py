@@ -100,7 +100,7 @@ class TracedHook:
     def close(self) -> None:
         """Finish the run; raises `CaptureError` when nothing at all was captured.
 
-        Under `on_error="raise"` also when capturing had failed. Calling it again does nothing.
+        Calling it again does nothing.
         """
         if not self._open:
             return

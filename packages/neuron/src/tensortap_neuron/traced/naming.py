@@ -52,6 +52,7 @@ _CONTEXTS: Mapping[str, Mapping[str, str]] = {
     "attn": _ATTENTION,
     "mlp": _MLP,
     "shared_expert": _MLP,
+    "experts": {"act_fn": "act"},
 }
 
 _INNER = ".o_proj.o_proj"
@@ -88,7 +89,8 @@ def _inside(words: list[str]) -> list[str]:
         native = ".".join(words[:length])
         names.append(table.get(native, native))
         del words[:length]
-        table = _CONTEXTS.get(names[-1], {})
+        expert = table is _CONTEXTS["experts"] and names[-1].isdigit()
+        table = _MLP if expert else _CONTEXTS.get(names[-1], {})
     return names
 
 

@@ -1,0 +1,175 @@
+"""A selection of tensortap names becomes what NxD and NxDI are asked to hand out."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tests.neuron.traced import fake_nxd, fake_nxdi
+from tests.neuron.traced.fake_llama import FakeNeuronLlama, huggingface, tiny_config
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tensortap.errors import ConfigError, NotSupported, SelectionError
+from tensortap_hf.integration import integration as hf
+from tensortap_neuron import traced
+from tensortap_neuron.traced.naming import module_name, names_of
+
+CONFIG = SimpleNamespace(num_hidden_layers=2, model_type="llama")
+TINY = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 40}
+TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_experts": 2}
+TINY |= {"moe_intermediate_size": 16, "num_local_experts": 2, "pad_token_id": 0}
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral"])
+def test_every_path_has_the_name_that_the_hugging_face_model_gives_it(family):
+    config = AutoConfig.for_model(family, **TINY)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    named = {
+        site.native.removeprefix("model."): site.name
+        for site in hf.sites(model)
+        if site.kind == "module"
+    }
+    paths = [path for path in named if path not in ("", "model", "rotary_emb")]
+    assert len(paths) > 15
+    assert {path: module_name(path) for path in paths} == {path: named[path] for path in paths}
+
+
+def test_nxdis_own_layers_around_projections_leave_the_projections_their_names():
+    neuron = SimpleNamespace(
+        sequence_parallel_enabled=False,
+        qkv_kernel_fuse_residual_add=False,
+        on_device_sampling_config=1,
+    )
+    model = FakeNeuronLlama(tiny_config(num_hidden_layers=1), neuron)
+    names = names_of(path for path, _ in model.named_modules() if path)
+    at = "layers.0.self_attn"
+    assert names[f"{at}.qkv_proj.q_proj"] == "layers.0.attn.q"
+    assert names[f"{at}.o_proj.o_proj"] == "layers.0.attn.out"
+    assert names[f"{at}.o_proj"] == "layers.0.attn.o_proj"
+    assert names["layers.0.mlp.down_proj"] == "layers.0.mlp.down"
+    assert len(set(names.values())) == len(names)
+
+
+def test_by_default_every_layer_the_embedding_the_final_norm_and_the_head_are_captured():
+    capture = traced.prepare(CONFIG)
+    assert capture.nxdi_options() == {
+        "modules_to_capture": ["embed_tokens", "layers.0", "layers.1", "norm", "lm_head"],
+        "max_intermediate_tensors": None,
+        "auto_capture_moe_tensors": False,
+        "capture_inputs": False,
+    }
+    assert list(capture.names.values()) == [
+        "embed",
+        "layers.0",
+        "layers.1",
+        "final_norm",
+        "lm_head",
+    ]
+
+
+def test_globs_choose_modules_and_inputs():
+    capture = traced.prepare(CONFIG, "layers.*.mlp/forward/input,final_norm")
+    assert capture.modules == ("layers.0.mlp", "layers.1.mlp", "norm")
+    assert capture.nxd_options() == {
+        "modules_to_capture": ["layers.0.mlp", "layers.1.mlp", "norm"],
+        "max_tensors": None,
+        "capture_inputs": True,
+    }
+
+
+def test_the_modules_of_a_live_model_are_those_nxd_lists(monkeypatch):
+    fake_nxd.install(monkeypatch)
+    model = nn.ModuleDict(
+        {"layers": nn.ModuleList([nn.ModuleDict({"self_attn": nn.Linear(2, 2)})])}
+    )
+    assert fake_nxd.get_available_modules(model).count("layers.0.self_attn") == 2
+    capture = traced.prepare(model, "layers.*.attn")
+    assert capture.modules == ("layers.0.self_attn",)
+    assert capture.facts.layers == 1
+
+
+def test_the_lists_of_nxdi_by_submodel_are_taken_as_they_are():
+    lists = {"context_encoding_model": ["layers", "layers.0", "layers.0.router"],
+             "token_generation_model": ["layers", "layers.0", "layers.0.fused"]}  # fmt: skip
+    capture = traced.prepare(CONFIG, "layers.0.*", modules=lists)
+    assert capture.modules == ("layers.0", "layers.0.router", "layers.0.fused")
+
+
+def test_a_checkpoint_folder_does(tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    assert traced.prepare(tmp_path).modules == traced.prepare(huggingface().config).modules
+
+
+def test_a_multimodal_configuration_is_that_of_its_language_model(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"num_hidden_layers": 3}}))
+    assert "layers.2" in traced.prepare(tmp_path).modules
+
+
+@pytest.mark.parametrize(
+    ("select", "said"),
+    [
+        ("layers.*.output", "An output is written layers.*/forward/output"),
+        ("layers.*.self_attn/forward/output", "'self_attn' is called 'attn' here"),
+        ("norm/forward/output", "'norm' is called 'final_norm' here"),
+        ("layers.2/forward/output", "layers.1/forward/output"),
+        ("embed,layers.*.attn.q", "give modules="),
+    ],
+)
+def test_a_pattern_that_matches_nothing_is_an_error_with_near_matches(select, said):
+    with pytest.raises(SelectionError, match="nothing that can be captured") as raised:
+        traced.prepare(CONFIG, select)
+    assert said in str(raised.value)
+
+
+def test_an_exclusion_that_matches_nothing_is_none():
+    assert traced.prepare(CONFIG, "embed,!layers.9").modules == ("embed_tokens",)
+
+
+def test_tensors_registered_by_hand_have_room_and_names():
+    capture = traced.prepare(CONFIG, "embed", manual=["layers.0.attn.core/forward/probs"])
+    assert capture.nxdi_options()["max_intermediate_tensors"] == 1
+    with pytest.raises(ConfigError, match="not a tensor name"):
+        traced.prepare(CONFIG, "embed", manual=["probs"])
+    with pytest.raises(ConfigError, match="forward tensors only"):
+        traced.prepare(CONFIG, "embed", manual=["embed/grad/weight"])
+
+
+def test_the_experts_of_every_layer_have_room(monkeypatch):
+    """NxD counts each layer's indices towards the room before it stacks them."""
+    fake_nxd.install(monkeypatch)
+    capture = traced.prepare(CONFIG, "embed", manual=["embed/forward/x"], moe=True)
+    config = fake_nxdi.TensorCaptureConfig(**capture.nxdi_options())
+    assert config.max_intermediate_tensors == capture.max_tensors == 3
+    registry = fake_nxd.TensorRegistry.get_instance()
+    registry.configure(True, [], config.max_intermediate_tensors)
+    for name in ("x", "moe_auto_0", "moe_auto_1"):
+        registry.register_tensor(name, torch.zeros(4, 2))
+    assert registry.get_manual_tensors()["auto_moe_stats.expert_index"].shape == (2, 4, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"output_logits": True}, "on_device_sampling_config"),
+        ({"enable_fused_speculation": True}, "enable_fused_speculation"),
+        ({"is_medusa": True}, "is_medusa"),
+        ({"async_mode": True}, "async_mode"),
+    ],
+)
+def test_a_configuration_under_which_captures_are_dropped_is_refused(options, said):
+    sampling = {} if "output_logits" in options else {"on_device_sampling_config": object()}
+    neuron = fake_nxdi.NeuronConfig(**options, **sampling)
+    config = SimpleNamespace(num_hidden_layers=2, model_type="llama", neuron_config=neuron)
+    with pytest.raises(NotSupported, match=said):
+        traced.prepare(config)
+
+
+def test_what_is_no_model_is_said(tmp_path):
+    with pytest.raises(ConfigError, match="num_hidden_layers"):
+        traced.prepare(object())
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        traced.prepare(tmp_path)
