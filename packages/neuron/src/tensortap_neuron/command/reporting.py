@@ -70,8 +70,8 @@ def _limits(result: Result, preset: str) -> str:
     limits = ", ".join(f"{key} {value:g}" for key, value in by.limits.items())
     says = by.says
     if by.name == "noise":
-        known = result.trio.noise is not None
-        says = "error over the noise run's" if known else "error over an estimate of rounding"
+        noisy = result.trio.noise is not None
+        says = "error over the noise run's" if noisy else "error over an estimate of rounding"
     return f"{preset}: {says} ({limits})"
 
 
