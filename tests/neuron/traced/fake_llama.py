@@ -90,6 +90,12 @@ class FakeO(nn.Module):
         return self.o_proj(value)
 
 
+class FakeCache:
+    """KVCacheManager: keys and values of one layer."""
+
+    kept: tuple[torch.Tensor, torch.Tensor]
+
+
 class FakeAttention(nn.Module):
     """NeuronAttentionBase: gathers the sequence, keeps keys and values, one row at a time."""
 
@@ -98,7 +104,7 @@ class FakeAttention(nn.Module):
         self.qkv_proj, self.o_proj = FakeQKV(config, neuron, group), FakeO(config, neuron, group)
         self.split, self.group = neuron.sequence_parallel_enabled, group
         self.width = self.qkv_proj.head_dim
-        self.kept: list[torch.Tensor] = []
+        self.cache = FakeCache()
 
     def forward(self, hidden_states, attention_mask=None, position_ids=None, rotary=None, length=0):
         if self.split and length == 0:
@@ -110,15 +116,15 @@ class FakeAttention(nn.Module):
         if length:
             k, v = (
                 torch.cat([old[:, :, :length], new], 2)
-                for old, new in zip(self.kept, (k, v), strict=True)
+                for old, new in zip(self.cache.kept, (k, v), strict=True)
             )
-        self.kept[:] = k, v
+        self.cache.kept = k, v
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         scores = q @ k.transpose(2, 3) * self.width**-0.5
         if not length:
             scores = scores + torch.full((tokens, tokens), float("-inf")).triu(1)
         context = scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
-        return self.o_proj(context.transpose(1, 2).reshape(rows, tokens, -1)), tuple(self.kept)
+        return self.o_proj(context.transpose(1, 2).reshape(rows, tokens, -1)), self.cache.kept
 
 
 class FakeMLP(nn.Module):
