@@ -91,9 +91,12 @@ class FakeO(nn.Module):
 
 
 class FakeCache:
-    """KVCacheManager: keys and values of one layer."""
+    """KVCacheManager: keys and values of one layer, no part of the layer's own state."""
 
     kept: tuple[torch.Tensor, torch.Tensor]
+
+    def __copy__(self) -> FakeCache:
+        return self
 
 
 class FakeAttention(nn.Module):
