@@ -107,10 +107,23 @@ def test_what_is_typed_wrongly_is_one_line(
     cli: Cli, checkpoints: list[Path], tmp_path: Path
 ) -> None:
     one, two = checkpoints[:2]
+    # What is read would be the first to be complained of.
+    none, foreign = tmp_path / "none", tmp_path / "config.json"
+    foreign.write_text('{"model_type": "gpt2"}')
     for words, said in (
         ((one,), "needs two checkpoints"),
         ((one, tmp_path / "none"), "no file or folder"),
         ((one, two, "--plot", "drift.jpg"), "must end in .png"),
+        ((one, none, "--plot", tmp_path / "no" / "d.png"), "folder that there is"),
+        ((one, none, "--html", "d.txt"), "must end in .html or .htm"),
+        ((one, none, "--output", tmp_path / "no" / "d.json"), "folder that there is"),
+        ((one, none, "--output", tmp_path), "must end in .json"),
+        ((one, none, "--output", two), "must end in .json"),
+        ((one, none, "--output", foreign), "is no drift"),
+        ((one, none, "--threshold", "ratio=nan"), "number above 0"),
+        ((one, none, "--threshold", "ratio=inf"), "number above 0"),
+        ((one, none, "--threshold", "ratio=-3"), "number above 0"),
+        ((one, none, "--preset", "clasic"), "there are classic, default"),
         ((one, two, "--fail-on", "bad"), "none of critical, warning, info"),
         ((one, two, "--threshold", "explosion"), "NAME=VALUE"),
         ((one, two, "--threshold", "boom=2"), "no threshold 'boom'"),
@@ -120,3 +133,69 @@ def test_what_is_typed_wrongly_is_one_line(
         code, out, err = cli(*words)
         assert (code, out) == (2, "")
         assert said in " ".join(err.split())
+
+
+def test_a_saved_drift_is_replaced_by_a_whole_one(
+    cli: Cli, checkpoints: list[Path], tmp_path: Path
+) -> None:
+    saved = tmp_path / "drift.json"
+    assert cli(*checkpoints[:2], "--output", saved)[0] == 0
+    assert cli(*checkpoints[:3], "--output", saved)[0] == 0
+    document = json.loads(saved.read_text())
+    assert (document["kind"], len(document["steps"])) == ("tensortap-drift", 2)
+    assert [path.name for path in tmp_path.glob("drift*")] == ["drift.json"]
+
+
+def test_alerts_that_say_the_same_are_one_line(cli: Cli, checkpoints: list[Path]) -> None:
+    code, out, _ = cli(checkpoints[0], checkpoints[0], "--fail-on", "warning")
+    assert code == 0
+    (line,) = (line for line in out.splitlines() if "Not one of its values" in line)
+    assert line.startswith("  info model.layers.0.mlp.up_proj and 5 more Not one")
+    assert "are they the same checkpoint?" in out
+
+
+def test_a_weight_that_began_at_zero_has_no_share_that_it_changed_by(
+    cli: Cli, tmp_path: Path
+) -> None:
+    for name, weight in (("a", torch.zeros(8, 8)), ("b", torch.randn(8, 8) * 0.01)):
+        save_file(
+            {"q.lora_B.weight": weight, "q.weight": torch.eye(8)}, tmp_path / f"{name}.safetensors"
+        )
+    _, out, _ = cli(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    row = next(line for line in out.splitlines() if line.startswith(" q.lora_B"))
+    assert row.split()[2:6] == ["from", "0", "from", "0"]
+    assert "It was all zeros and began to learn." in out
+
+
+def test_checkpoints_in_another_order_than_their_numbers_are_said_to_be(
+    cli: Cli, checkpoints: list[Path], tmp_path: Path
+) -> None:
+    html = tmp_path / "d.html"
+    one, two, three = checkpoints[:3]
+    _, out, _ = cli(one, three, two, "--html", html)
+    assert "not in the order of their numbers" in out
+    assert "not in the order of their numbers" in html.read_text()
+    assert "order of their numbers" not in cli(one, two, three)[1]
+    document = json.loads(cli(two, one, "--json")[1])
+    assert "not in the order" in document["notes"][0]
+
+
+def test_checkpoints_of_other_models_are_told_apart(
+    cli: Cli, checkpoints: list[Path], tmp_path: Path
+) -> None:
+    def saved(name: str, **weights: torch.Tensor) -> Path:
+        save_file(weights, tmp_path / f"{name}.safetensors")
+        return tmp_path / f"{name}.safetensors"
+
+    name = "model.layers.0.mlp.up_proj.weight"
+    foreign = saved("foreign", **{"h.0.weight": torch.ones(4, 4)})
+    for paths in ((checkpoints[0], foreign), (*checkpoints[:2], foreign)):
+        code, out, err = cli(*paths)
+        assert (code, out) == (2, "")
+        assert "No weight is in both" in err
+        assert "foreign.safetensors (h.0.weight" in " ".join(err.split())
+    code, _, err = cli(checkpoints[0], saved("wide", **{name: torch.ones(48, 16)}))
+    assert code == 2
+    assert "model.layers.0.mlp.up_proj was 24x16 and is 48x16" in " ".join(err.split())
+    few = cli(checkpoints[0], saved("few", **{name: torch.ones(24, 16)}))[1]
+    assert "Only 1 of 6 weights are in both" in few

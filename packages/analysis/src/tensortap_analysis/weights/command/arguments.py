@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,19 +25,29 @@ from tensortap_analysis.weights.health import SEVERITIES
 Command = TypeVar("Command", bound=Callable[..., None])
 
 
-def limits_of(texts: Iterable[str] | None) -> dict[str, float]:
+def limits_of(texts: Iterable[str] | None, example: str = "sqnr_warning=25") -> dict[str, float]:
     """`["sqnr_warning=25"]` as a dictionary; raises `ConfigError`."""
-    return dict(map(_limit, texts or ()))
+    return dict(_limit(text, example) for text in texts or ())
 
 
-def _limit(text: str) -> tuple[str, float]:
+def _limit(text: str, example: str) -> tuple[str, float]:
     name, _, value = text.partition("=")
     try:
         return name.strip(), float(value)
     except ValueError:
-        raise ConfigError(
-            f"--threshold {text} is not NAME=VALUE, for example sqnr_warning=25."
-        ) from None
+        raise ConfigError(f"--threshold {text} is not NAME=VALUE, for example {example}.") from None
+
+
+def check_file(option: str, path: Path | None, *endings: str) -> None:
+    """Raise `ConfigError` for a file that cannot be written, or is named unlike its kind."""
+    if path is None:
+        return
+    if path.suffix.lower() not in endings:
+        raise ConfigError(f"{option} {path}: the file must end in {' or '.join(endings)}.")
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise ConfigError(f"{option} {path}: name a file in a folder that there is.")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise ConfigError(f"{option} {path}: it may not be written there.")
 
 
 def check_fail_on(word: str | None) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -17,15 +16,17 @@ from tensortap.tables import print_whole
 from tensortap_analysis.weights.command.arguments import (
     byte_progress,
     check_fail_on,
+    check_file,
     limits_of,
     takes_workers,
 )
 from tensortap_analysis.weights.command.tables import shown, skipped_lines
-from tensortap_analysis.weights.drift.alerts import alerts, overall_alerts
+from tensortap_analysis.weights.drift.alerts import alerts, limits_of_preset, overall_alerts
+from tensortap_analysis.weights.drift.document import check_replaced, document, save
+from tensortap_analysis.weights.drift.notices import notices
 from tensortap_analysis.weights.drift.tables import alert_lines, change_table, trend_table
 from tensortap_analysis.weights.drift.tracking import Drift, track
 from tensortap_analysis.weights.health import SEVERITIES, Issue
-from tensortap_analysis.weights.result import encoded
 from tensortap_analysis.weights.scope import Scope
 
 
@@ -65,15 +66,10 @@ def diff_weights(
     The change is ||after - before|| / ||before||; alerts say what exploded, collapsed or stalled.
     Exit code: 0 compared, 1 an alert of the severity that --fail-on names, 2 it could not be done.
     """
-    limits = limits_of(threshold)
+    limits = limits_of(threshold, "explosion=5")
+    limits_of_preset(preset, limits)
     check_fail_on(fail_on)
-    if plot is not None and plot.suffix != ".png":
-        raise ConfigError(f"--plot {plot}: the file must end in .png.")
-    if html is not None:
-        # plotly takes a while to import, and tables do not need it.
-        from tensortap_analysis.weights.report.page import target
-
-        target(html)
+    _check_files(plot, html, output)
     if len(models) < 2:
         raise ConfigError("diff-weights needs two checkpoints: tensortap diff-weights A B.")
     with byte_progress("comparing") as progress:
@@ -83,13 +79,9 @@ def diff_weights(
         )  # fmt: skip
     issues = [alerts(step, preset, limits) for step in steps]
     issues.append(overall_alerts(steps, preset, limits))
-    _write(steps, issues, plot, output)
-    if html is not None:
-        from tensortap_analysis.weights.report.drift_page import write_drift_report
-
-        write_drift_report(html, steps, issues)
+    _write(steps, issues, plot, html, output)
     if as_json:
-        sys.stdout.write(json.dumps(_document(steps, issues), indent=1) + "\n")
+        sys.stdout.write(json.dumps(document(steps, issues), indent=1) + "\n")
     else:
         _print(steps, issues, limit)
     raise typer.Exit(1 if _failed(issues, fail_on) else 0)
@@ -100,30 +92,33 @@ def _failed(issues: Sequence[Sequence[Issue]], fail_on: str | None) -> bool:
     return any(issue.severity in severe for some in issues for issue in some)
 
 
-def _document(steps: Sequence[Drift], issues: Sequence[Sequence[Issue]]) -> dict[str, Any]:
-    """`issues` of each step, and last those over all of them."""
-    return {
-        "steps": [
-            step.to_json() | {"alerts": [encoded(asdict(issue)) for issue in some]}
-            for step, some in zip(steps, issues[:-1], strict=True)
-        ],
-        "overall": [encoded(asdict(issue)) for issue in issues[-1]],
-    }
+def _check_files(plot: Path | None, html: Path | None, output: Path | None) -> None:
+    """Raise `ConfigError` for what cannot be written, before anything is read."""
+    check_file("--plot", plot, ".png")
+    check_file("--html", html, ".html", ".htm")
+    check_file("--output", output, ".json")
+    if output is not None:
+        check_replaced(output)
 
 
 def _write(
     steps: Sequence[Drift],
     issues: Sequence[Sequence[Issue]],
     plot: Path | None,
+    html: Path | None,
     output: Path | None,
 ) -> None:
+    """Matplotlib and plotly take a while to import, and tables do not need them."""
     if output is not None:
-        text = json.dumps(_document(steps, issues), indent=1, allow_nan=False)
-        output.write_text(text + "\n", encoding="utf-8")
+        save(output, steps, issues)
     if plot is not None:
         from tensortap_analysis.weights.drift.plot import draw_drift
 
         draw_drift(steps, plot)
+    if html is not None:
+        from tensortap_analysis.weights.report.drift_page import write_drift_report
+
+        write_drift_report(html, steps, issues)
 
 
 def _print(steps: Sequence[Drift], issues: Sequence[Sequence[Issue]], limit: int) -> None:
@@ -141,6 +136,8 @@ def _print(steps: Sequence[Drift], issues: Sequence[Sequence[Issue]], limit: int
             console.print(line)
         for line in skipped_lines(step.skipped):
             console.print(line, style="dim")
+    for sentence in notices(steps):
+        console.print(f"[yellow]{shown(sentence)}[/]")
     if issues[-1]:
         console.print("[bold]over all steps[/]")
         for line in alert_lines(issues[-1], limit):

@@ -31,17 +31,20 @@ def series(scopes: Sequence[Scope], select: str | Iterable[str] = "*") -> list[S
     """Weights with one name, in the order of the first checkpoint that has them.
 
     Where wrappers around the model named them differently, their names without those count.
-    Raises `CheckpointError` where no weight is in two checkpoints that follow each other.
+    Raises `CheckpointError` where two checkpoints that follow each other have none in common.
     """
     chosen = [scope.weights(select) for scope in scopes]
     bare = all(len({_bare(w.name) for w in some}) == len(some) for some in chosen)
     tables = [{_bare(w.name) if bare else w.name: w for w in some} for some in chosen]
     keys = dict.fromkeys(key for table in tables for key in table)
     found = [_series(tuple(table.get(key) for table in tables)) for key in keys]
-    if not any(a and b for one in found for a, b in itertools.pairwise(one.weights)):
-        both = zip(scopes, chosen, strict=True)
-        names = " and ".join(f"{s.source.label} ({some[0].name}, …)" for s, some in both)
-        raise CheckpointError(f"No weight is in both of {names}; are they of one model?")
+    for step, pair in enumerate(itertools.pairwise(scopes)):
+        if not any(one.weights[step] and one.weights[step + 1] for one in found):
+            first = (f"{s.source.label} ({some[0].name}, …)" for s, some in
+                     zip(pair, chosen[step:], strict=False))  # fmt: skip
+            raise CheckpointError(
+                f"No weight is in both of {' and '.join(first)}; are they of one model?"
+            )
     return found
 
 

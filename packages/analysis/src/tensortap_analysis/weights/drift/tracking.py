@@ -19,7 +19,7 @@ from tensortap_analysis.weights.drift.stacks import worst_change
 from tensortap_analysis.weights.pool import in_workers
 from tensortap_analysis.weights.result import encoded
 from tensortap_analysis.weights.scope import Progress, Scope
-from tensortap_analysis.weights.sources import Skipped
+from tensortap_analysis.weights.sources import CheckpointError, Skipped
 from tensortap_analysis.weights.weight import Weight
 
 Comparison = dict[str, Any]
@@ -114,7 +114,14 @@ def _drift(
             skipped.append(Skipped(one.layer, result))
         else:
             layers[one.layer] = result
-    return Drift(labels[step], labels[step + 1], layers, tuple(skipped))
+    before, after = labels[step : step + 2]
+    if not layers:
+        more = f" (and {len(skipped) - 1:,} more)" if len(skipped) > 1 else ""
+        raise CheckpointError(
+            f"Nothing of {before} can be compared with {after}: {skipped[0].name} "
+            f"{skipped[0].reason}{more}; are they of one model?"
+        )
+    return Drift(before, after, layers, tuple(skipped))
 
 
 def _steps(one: Series, spectral: bool) -> Iterator[tuple[int, Comparison | str]]:

@@ -26,6 +26,7 @@ from tensortap_analysis.report.figures import (
 from tensortap_analysis.report.markup import Html, join, listing, tag
 from tensortap_analysis.report.searching import Column, searched
 from tensortap_analysis.report.shell import document
+from tensortap_analysis.weights.drift.notices import notices
 from tensortap_analysis.weights.drift.tracking import Drift
 from tensortap_analysis.weights.health import SEVERITIES, Issue
 from tensortap_analysis.weights.report.page import target
@@ -83,7 +84,9 @@ def _summary(steps: Sequence[Drift], issues: Sequence[Sequence[Issue]], layers: 
             for word, count in counts.items()
         ),
     ]
-    return cards(facts)
+    said = notices(steps)
+    notes = tag("div", tag("h3", "Notes"), listing(said, _LEFT), class_="notice") if said else ""
+    return join((cards(facts), notes))
 
 
 def _alerts(steps: Sequence[Drift], issues: Sequence[Sequence[Issue]]) -> Html:
