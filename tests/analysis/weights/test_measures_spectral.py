@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -343,11 +344,49 @@ def test_the_same_matrix_gives_the_same_bits_wherever_it_lies_and_whatever_else_
     assert answers == [alone] * 6
 
 
+@pytest.fixture(params=["in place", "numpy"])
+def engine(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param == "numpy":
+        with mock.patch.object(blas, "openblas", return_value=None):
+            yield request.param
+    elif blas.openblas() is None:
+        pytest.skip("numpy has another BLAS here")
+    else:
+        yield request.param
+
+
+@pytest.mark.parametrize("shape", [(40, 7), (7, 40), (1, 9), (30, 30)], ids=str)
+def test_gram_matrices_and_their_eigenvalues_are_those_of_numpy(
+    shape: tuple[int, int], engine: str
+) -> None:
+    values = gaussian(*shape)
+    total = np.zeros((shape[1], shape[1]))
+    parts = [values, gaussian(5, shape[1]), np.asfortranarray(gaussian(6, shape[1]))]
+    parts += [gaussian(8, shape[1] + 2)[:, 1:-1], gaussian(shape[1], 9)[:, 2:].T]
+    stacked = np.concatenate(parts)
+    wanted = stacked.T @ stacked
+    with blas.one_thread():
+        for part in parts:
+            blas.add_gram(total, part)
+        np.testing.assert_allclose(np.tril(total), np.tril(wanted), rtol=1e-12, atol=1e-12)
+        found = blas.eigenvalues(np.tril(total))
+    exact = np.linalg.eigvalsh(wanted)
+    np.testing.assert_allclose(found, exact, rtol=1e-12, atol=1e-13 * exact[-1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_numpy_of_another_blas_finds_the_same_spectra(dtype: torch.dtype) -> None:
+    matrix = stored(gaussian(50, 33), dtype)
+    found = spectral(matrix, full_spectrum=True)["spectrum"]
+    with mock.patch.object(blas, "openblas", return_value=None):
+        assert spectral(matrix, full_spectrum=True)["spectrum"] == pytest.approx(found, rel=1e-11)
+
+
 def test_numpy_gets_its_threads_back() -> None:
-    found = blas._openblas()
+    found = blas.openblas()
     if found is None:
         pytest.skip("numpy has another BLAS here")
-    get, put = found.get, found.put
+    get, put = found.threads.get, found.threads.put
     before = get()
     try:
         put(2)

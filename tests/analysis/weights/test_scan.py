@@ -95,6 +95,7 @@ def test_two_scans_at_once_give_the_number_of_threads_back(folder, monkeypatch, 
 
     def scan(number):
         assert torch.get_num_threads() == 2  # From now on this thread has its own number.
+        both.wait()
         Scope(folder).scan(["norms", "sparsity"][: number + 1], parallel=1)
         seen[number] = torch.get_num_threads()
         ended.set()

@@ -17,11 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-Doubles = npt.NDArray[np.float64]
+from tensortap_analysis.weights.measures.blas import Doubles, add_gram, eigenvalues
 
 _BYTES = 1 << 25
 """Of a block in float64."""
-_PANELS = 8
 _TRUSTED = 1e-4
 """The relative error of a singular value that is taken from the Gram matrix."""
 _EPS = float(np.finfo(np.float64).eps)
@@ -51,7 +50,7 @@ def spectrum(matrix: torch.Tensor, unit: float) -> Spectrum:
     rank = min(len(alive), int((along > 0).sum()))
     if len(alive) < len(squares):
         gram = gram[np.ix_(alive, alive)]
-    found = np.linalg.eigvalsh(gram)[::-1][:rank].astype(np.float64, copy=False)
+    found = eigenvalues(gram)[::-1][:rank]
     del gram
     error = 2 * math.sqrt(len(alive)) * _EPS * float(found[0])
     values = np.zeros(len(squares))
@@ -79,12 +78,9 @@ def _gram(matrix: torch.Tensor, unit: float) -> tuple[Doubles, Doubles]:
     """The Gram matrix of the shorter side, which is right on and below its diagonal only, and the
     squared norms along the longer side.
     """
-    blocks = _blocks(matrix, unit)
-    first = next(blocks)
-    # numpy sees that both are one matrix and computes one half of the product only.
-    total, along = first.T @ first, [_squares(first)]
-    for block in blocks:
-        _add_product(total, block)
+    total, along = np.zeros((min(matrix.shape),) * 2), []
+    for block in _blocks(matrix, unit):
+        add_gram(total, block)
         along.append(_squares(block))
     return total, np.concatenate(along)
 
@@ -92,18 +88,6 @@ def _gram(matrix: torch.Tensor, unit: float) -> tuple[Doubles, Doubles]:
 def _squares(block: Doubles) -> Doubles:
     found: Doubles = np.einsum("ij,ij->i", block, block)
     return found
-
-
-def _add_product(total: Doubles, block: Doubles) -> None:
-    """Add `block.T @ block` on and below the diagonal at least.
-
-    In panels where the whole product, which takes as much memory as `total`, is large.
-    """
-    side = len(total)
-    width = side if total.nbytes <= _BYTES else -(-side // _PANELS)
-    for start in range(0, side, width):
-        stop = min(start + width, side)
-        total[start:, start:stop] += block[:, start:].T @ block[:, start:stop]
 
 
 def _by_qr(matrix: torch.Tensor, unit: float, alive: npt.NDArray[np.intp]) -> Doubles:

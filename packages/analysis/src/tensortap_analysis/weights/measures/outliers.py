@@ -43,7 +43,7 @@ def _columns(facts: Facts) -> tuple[Doubles, Doubles]:
     if not height or not width:
         return np.zeros(0), np.zeros(0)
     total, largest = torch.zeros(2, width, dtype=torch.float64)
-    for piece in facts.matrix[:: -(-height // _SAMPLE)].split(_TOGETHER):
+    for piece in torch.split(facts.matrix[:: -(-height // _SAMPLE)], _TOGETHER):
         wide = piece.to(torch.float64, copy=True)
         if facts.not_finite is not None:
             wide.nan_to_num_(0.0, 0.0, 0.0)

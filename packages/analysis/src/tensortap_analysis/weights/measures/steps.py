@@ -11,8 +11,8 @@ import math
 import numpy as np
 import torch
 
+from tensortap_analysis.weights.measures.blas import Doubles
 from tensortap_analysis.weights.measures.facts import Facts
-from tensortap_analysis.weights.measures.gram import Doubles
 from tensortap_analysis.weights.measures.pieces import cut
 
 _GROUP, _BLOCK = 128, 32
