@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -236,6 +237,47 @@ def test_a_pt_file_that_runs_code_is_refused(cli, tmp_path):
     assert code == 2
     assert "00000_0_x.pt is not a tensor file" in err
     assert "hacked" not in out
+
+
+def _cut(path):
+    path.write_bytes(path.read_bytes()[:500])
+
+
+def _of_another_tensor(path):
+    content = torch.load(path, weights_only=True)
+    torch.save({**content, "tensor": content["tensor"][:1]}, path)
+
+
+def _unnamed(path):
+    path.rename(path.with_name("x.pt"))
+
+
+def _fifo(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (_cut, "is not a tensor file"),
+        (_of_another_tensor, "its tensor is float32 (1, 8), its record float32 (3, 8)"),
+        (_unnamed, "is not named <rank>_<seq>_<name>.pt"),
+        (_fifo, "not a regular file"),
+    ],
+)
+def test_a_broken_pt_file_does_not_lose_the_rest(cli, run, tmp_path, damage, says):
+    cli("export", run, "--out", tmp_path / "pt", "--select", "up/forward/*")
+    first, *rest = sorted((tmp_path / "pt").glob("*.pt"))
+    damage(first)
+    code, out, err = cli("import", tmp_path / "pt", "--out", tmp_path / "back")
+    assert (code, err.strip()) == (1, "")
+    assert "skipped" in out
+    assert says in out
+    with tensortap.open_run(tmp_path / "back") as back:
+        assert sum(1 for _ in back.records()) == len(rest)
+        assert not back.complete
+    assert says in cli("coverage", tmp_path / "back")[1]
 
 
 @pytest.mark.parametrize(

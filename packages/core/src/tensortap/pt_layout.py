@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Iterable
+import zipfile
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,9 +17,10 @@ from tensortap.errors import RunError
 from tensortap.layouts import Moved, Progress, new_folder, sinks_of_ranks
 from tensortap.records import RunInfo, TensorRecord
 from tensortap.sinks import CoverageSink, TensorSink
-from tensortap.store import Run
-from tensortap.store.codec import decode_record, encode_record
+from tensortap.store import Run, RunDirectorySink
+from tensortap.store.codec import decode_record, encode_record, payload_shape
 from tensortap.store.documents import decode_info, encode_document, encode_info, read_document
+from tensortap.store.dtypes import dtype_name
 
 
 class PtLayout:
@@ -52,23 +54,48 @@ class PtLayout:
         return Moved(written, written, tuple(skipped))
 
     def load(self, folder: Path, sink: TensorSink, progress: Progress) -> Moved:
-        """See `Layout.load`."""
+        """See `Layout.load`; files that cannot be read are skipped, unless there are no others."""
         files = sorted(folder.glob("*.pt"))
         if not files:
             raise RunError(f"{folder} holds no .pt files; is it a folder of the layout 'pt'?")
-        infos = _run_infos(folder, files)
-        done = 0
+        broken: dict[Path, str] = {}
+        good = [path for path in files if _is_good(path, broken)]
+        if not good:
+            path, why = next(iter(broken.items()))
+            raise RunError(f"{path} {why}.")
+        infos = _run_infos(folder, good)
+        done, left = 0, dict(broken)
         for target, ranks in sinks_of_ranks(sink, infos):
-            some = [path for path in files if _rank_of(path) in ranks]
-            done = _fill(target, infos[ranks[0]], some, progress, done)
-        return Moved(len(files), len(files))
+            some = [path for path in good if _rank_of(path) in ranks]
+            done = _fill(target, infos[ranks[0]], some, left, progress, done)
+            left = {}  # Said once, with the first rank.
+        return Moved(done, done, tuple(f"{path.name}: {why}" for path, why in broken.items()))
+
+
+def _is_good(path: Path, broken: dict[Path, str]) -> bool:
+    """Can it be read? Else why not is in `broken`."""
+    try:
+        _rank_of(path)
+        _read(path)
+    except RunError as error:
+        reason = str(error).partition("\n")[0].removeprefix(f"{path} ")
+        broken[path] = reason.rstrip(".")
+        return False
+    return True
 
 
 def _fill(
-    sink: TensorSink, info: RunInfo, files: Iterable[Path], progress: Progress, done: int
+    sink: TensorSink,
+    info: RunInfo,
+    files: Iterable[Path],
+    broken: Mapping[Path, str],
+    progress: Progress,
+    done: int,
 ) -> int:
     """Read files into one sink; returns how many there are now."""
     coverage, steps = Coverage(), set()
+    for path, why in broken.items():
+        coverage.gap(path.name, why)
     sink.open(info)
     try:
         for path in files:
@@ -81,6 +108,10 @@ def _fill(
             sink.end_step(step)
         if isinstance(sink, CoverageSink):
             sink.cover(coverage.report(steps=len(steps)))
+    except BaseException as failure:
+        if isinstance(sink, RunDirectorySink):
+            sink.mark_incomplete(f"the import stopped: {failure}")
+        raise
     finally:
         sink.close()
     return done
@@ -117,11 +148,27 @@ def _rank_of(path: Path) -> int:
 
 
 def _read(path: Path) -> tuple[TensorRecord, torch.Tensor]:
-    """One file; anything wrong with it is a `RunError` that names it. Runs no code from it."""
+    """One file, its tensor mapped; what is wrong with it is a `RunError` that names it.
+
+    Runs no code from it.
+    """
     try:
-        content = torch.load(path, weights_only=True, map_location="cpu")
+        if not path.is_file():
+            raise ValueError("not a regular file")
+        mapped = zipfile.is_zipfile(path)
+        content = torch.load(path, weights_only=True, map_location="cpu", mmap=mapped)
         fields = json.loads(json.dumps(content["record"]))  # Tuples become the lists of a line.
         record, tensor = decode_record(fields), content["tensor"].contiguous()
+        _require_match(path, record, tensor)
     except Exception as error:
         raise RunError(f"{path} is not a tensor file of the layout 'pt': {error}") from error
     return record, tensor
+
+
+def _require_match(path: Path, record: TensorRecord, tensor: torch.Tensor) -> None:
+    """Raise `ValueError` where the record is that of another tensor, or of another rank."""
+    found, said = (dtype_name(tensor.dtype), tuple(tensor.shape)), payload_shape(record)
+    if found != (record.dtype, said):
+        raise ValueError(f"its tensor is {found[0]} {found[1]}, its record {record.dtype} {said}")
+    if record.at.rank != _rank_of(path):
+        raise ValueError(f"its record is of rank {record.at.rank}")
