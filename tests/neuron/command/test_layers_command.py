@@ -1,0 +1,210 @@
+"""`tensortap neuron layers`: every layer of a Hugging Face model, as a run and as files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tests.neuron.command.conftest import KINDS, model_of
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import models as tokenizer_models
+from transformers import PreTrainedTokenizerFast
+
+import tensortap
+
+TEXT = "Paris is"
+OUTPUTS = [f"layer_{number}_output" for number in range(3)]
+
+
+def hidden_states(model: torch.nn.Module, ids: torch.Tensor) -> list[torch.Tensor]:
+    """What transformers itself says of the embedding and every layer; the last one is normed.
+
+    A Mamba leaves the embedding out.
+    """
+    with torch.no_grad():
+        return list(model(input_ids=ids, output_hidden_states=True).hidden_states)
+
+
+def the_ids(text: str = TEXT) -> torch.Tensor:
+    """Without a tokenizer the bytes of the text are its tokens."""
+    return torch.tensor([list(text.encode())])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_layer_of_a_decoder_is_what_transformers_computes(tt, checkpoint, tmp_path, kind):
+    code, printed, _ = tt(
+        "neuron", "layers", "--model", checkpoint(kind), "--prompt", TEXT, "--out", tmp_path / "out"
+    )
+    assert code == 0
+    states = hidden_states(model_of(kind), the_ids())
+    folder = tmp_path / "out" / "prompt-0"
+    with tensortap.open_run(folder / "run") as run:
+        assert run.complete
+        assert run.coverage()["gaps"] == []
+        assert set(run.names()) == {
+            "embed/forward/output", "final_norm/forward/output",
+            *(f"layers.{number}/forward/output" for number in range(3)),
+        }  # fmt: skip
+        found = [run.tensor(f"layers.{number}/forward/output") for number in range(3)]
+        norm = run.tensor("final_norm/forward/output")
+    first = 0 if kind == "mamba" else 1
+    for number in range(2):
+        assert torch.allclose(found[number], states[number + first], atol=1e-5)
+    assert torch.allclose(norm, states[-1], atol=1e-5)
+    if kind == "llama":  # the first hidden state of a GPT-2 has positions in it
+        assert torch.equal(_load(folder, "embedding_output"), states[0])
+    for number, name in enumerate(OUTPUTS):
+        assert torch.equal(_load(folder, name), found[number])
+    assert torch.equal(_load(folder, "final_norm_output"), norm)
+    for word in ("embedding", "layer 0", "layer 1", "layer 2", "final norm", "the bytes of the"):
+        assert word in printed
+    assert printed.count("✓") + printed.count("ok ") == 5
+
+
+def _load(folder: Path, name: str) -> torch.Tensor:
+    found = torch.load(folder / "layers-pt" / f"{name}.pt", weights_only=True)
+    assert isinstance(found, torch.Tensor)
+    return found
+
+
+def test_the_run_and_the_old_metadata_say_what_was_run(tt, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("NEURON_CC_FLAGS", "--model-type transformer")
+    model = checkpoint()
+    code, found, _ = tt(
+        "neuron", "layers", "--model", model, "--prompt", TEXT, "--dtype", "bf16",
+        "--test-type", "extract-all", "--out", tmp_path / "out", "--json",
+    )  # fmt: skip
+    assert code == 0
+    folder = tmp_path / "out" / "prompt-0"
+    with tensortap.open_run(folder / "run") as run:
+        about, config = run.info.metadata, run.info.model_config
+        assert run.tensor("layers.1/forward/output").dtype == torch.bfloat16
+    assert about["prompt"] == TEXT
+    assert about["token_ids"] == the_ids()[0].tolist()
+    assert (about["device"], about["dtype"], about["model"]) == ("cpu", "bfloat16", str(model))
+    assert about["compiler_flags"]["NEURON_CC_FLAGS"] == "--model-type transformer"
+    assert config["num_hidden_layers"] == 3
+    old = torch.load(folder / "layers-pt" / "metadata.pt", weights_only=True)
+    assert old["prompt"] == TEXT
+    assert old["statistics"].keys() >= {"layer_0", "embedding", "final_norm"}
+    for said in old["statistics"].values():
+        assert (said["has_nan"], said["has_inf"]) == (False, False)
+    assert found["prompts"][0]["fine"] is True
+    assert [one["file"] for one in found["prompts"][0]["layers"]][:2] == [
+        "embedding_output.pt", "layer_0_output.pt",
+    ]  # fmt: skip
+
+
+def test_printed_statistics_are_those_of_the_layer(tt, checkpoint, tmp_path):
+    found = tt(
+        "neuron", "layers", "--model", checkpoint(), "--prompt", TEXT, "--out", tmp_path / "out",
+        "--json",
+    )[1]["prompts"][0]  # fmt: skip
+    for one in found["layers"]:
+        file = Path(found["layers_pt"]) / one["file"]
+        values = torch.load(file, weights_only=True).double().numpy()
+        assert one["shape"] == list(values.shape)
+        assert one["mean"] == pytest.approx(values.mean(), abs=1e-9)
+        assert one["std"] == pytest.approx(values.std(), rel=1e-6)
+        assert (one["min"], one["max"]) == (values.min(), values.max())
+
+
+def test_each_prompt_is_a_run_of_its_own_and_replaced_only_when_asked(tt, checkpoint, tmp_path):
+    out, model = tmp_path / "out", checkpoint()
+    both = ("--prompt", "one", "--prompt", "two!")
+    assert tt("neuron", "layers", "--model", model, *both, "--out", out)[0] == 0
+    assert sorted(path.name for path in out.iterdir()) == ["prompt-0", "prompt-1"]
+    for number, text in enumerate(("one", "two!")):
+        with tensortap.open_run(out / f"prompt-{number}" / "run") as run:
+            assert run.info.metadata["prompt"] == text
+            assert run.tensor("layers.0/forward/output").shape == (1, len(text), 32)
+    code, _, error = tt("neuron", "layers", "--model", model, "--prompt", "three", "--out", out)
+    assert code == 2
+    assert "prompt-0 exists" in error
+    again = ("--prompt", "three", "--overwrite")
+    assert tt("neuron", "layers", "--model", model, *again, "--out", out)[0] == 0
+    with tensortap.open_run(out / "prompt-0" / "run") as run:
+        assert run.info.metadata["prompt"] == "three"
+
+
+def test_nan_and_an_abnormal_mean_are_crossed_and_make_the_exit_code_1(tt, checkpoint, tmp_path):
+    def break_layers(model):
+        model.model.layers[1].mlp.down_proj.weight[3, 7] = float("nan")
+        model.model.embed_tokens.weight.add_(20)
+
+    model = checkpoint(edit=break_layers)
+    code, printed, _ = tt(
+        "neuron", "layers", "--model", model, "--prompt", TEXT, "--out", tmp_path / "out"
+    )
+    assert code == 1
+    lines = [line for line in printed.splitlines() if line.startswith(("✗", "BAD", "✓", "ok"))]
+    assert "|mean| > 10" in lines[0]
+    assert "8 NaN" in lines[2], "a feature of each of the 8 tokens"
+    code, found, _ = tt(
+        "neuron", "layers", "--model", model, "--prompt", TEXT, "--out", tmp_path / "o", "--json"
+    )
+    assert code == 1
+    nan = [one["nan"] for one in found["prompts"][0]["layers"]]
+    assert nan[:3] == [0, 0, 8]
+    assert nan[3] == 256, "attention carries it to every feature"
+
+
+def test_a_tokenizer_beside_the_model_is_used(tt, checkpoint, tmp_path):
+    folder = checkpoint()
+    words = {"<unk>": 0, "Paris": 1, "is": 2}
+    made = Tokenizer(tokenizer_models.WordLevel(words, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>").save_pretrained(folder)
+    code, found, _ = tt(
+        "neuron", "layers", "--model", folder, "--prompt", "Paris is Paris", "--json",
+        "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert code == 0
+    assert found["prompts"][0]["token_ids"] == [1, 2, 1]
+    assert found["prompts"][0]["tokens"] == "tokenizer"
+
+
+def test_the_environment_of_other_taps_changes_nothing(tt, checkpoint, tmp_path, monkeypatch):
+    for name, value in (("ENABLED", "0"), ("STEPS", "5"), ("RANKS", "3"), ("VALUES", "stats")):
+        monkeypatch.setenv(f"TENSORTAP_{name}", value)
+    model = checkpoint()
+    code = tt("neuron", "layers", "--model", model, "--prompt", "a", "--out", tmp_path / "out")[0]
+    assert code == 0
+    assert (tmp_path / "out" / "prompt-0" / "layers-pt" / "layer_2_output.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--device", "tpu"), "--device tpu: write one of cpu, cuda, xla, neuron"),
+        (("--dtype", "fp8"), "--dtype fp8: write auto, or one of fp64"),
+        (("--skip-compile",), "--skip-compile needs --compiled DIR"),
+        (("--neuron-config", "tp_degree=2"), "--neuron-config needs --compiled DIR"),
+        (("--compiled", "c", "--neuron-config", "tp"), "write KEY=VALUE"),
+        (("--compiled", "c", "--device", "cpu"), "--compiled runs on Neuron"),
+        (("--test-type", "half"), "--test-type half: write one of full, extract-all"),
+        (("--prompt", " "), "--prompt is empty"),
+        (("--device", "neuron"), "torch-neuronx 2.13.3"),
+        (("--compiled", "c"), "pip install neuronx-distributed-inference"),
+        (("--model", "none/such"), "hf download none/such"),
+    ],
+)
+def test_a_mistake_is_one_line_and_nothing_is_written(tt, checkpoint, tmp_path, words, said):
+    given = ("--model", checkpoint(), "--prompt", "a", "--out", tmp_path / "out", *words)
+    code, printed, error = tt("neuron", "layers", *given)
+    assert code == 2
+    assert said in error
+    assert "Traceback" not in printed + error
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_an_encoder_is_refused(tt, tmp_path):
+    (tmp_path / "t5").mkdir()
+    (tmp_path / "t5" / "config.json").write_text(json.dumps({"model_type": "t5"}))
+    code, _, error = tt(
+        "neuron", "layers", "--model", tmp_path / "t5", "--prompt", "a", "--out", tmp_path / "out"
+    )
+    assert code == 2
+    assert "has an encoder" in error
