@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import types
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,17 +18,18 @@ import torch.distributed as dist
 from torch import nn
 
 
+@dataclass(frozen=True)
 class FakeGroup:
     """A process group without processes: size and rank are all the layers ask it for."""
 
-    def __init__(self, size: int = 1, rank: int = 0) -> None:
-        self._size, self._rank = size, rank
+    ranks: int = 1
+    place: int = 0
 
     def size(self) -> int:
-        return self._size
+        return self.ranks
 
     def rank(self) -> int:
-        return self._rank
+        return self.place
 
 
 def padding_to(size: int, ranks: int) -> int:

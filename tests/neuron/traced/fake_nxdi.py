@@ -61,6 +61,8 @@ class NeuronConfig:
         self.enable_fused_speculation = options.pop("enable_fused_speculation", False)
         self.is_medusa = options.pop("is_medusa", False)
         self.async_mode = options.pop("async_mode", False)
+        self.windowed_context_encoding_size = options.pop("windowed_context_encoding_size", None)
+        self.cp_degree = options.pop("cp_degree", 1)
         self.tensor_capture_config = options.pop("tensor_capture_config", None)
         assert not options, options
         if self.tensor_capture_config and not self.output_logits:

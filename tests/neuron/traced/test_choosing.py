@@ -158,9 +158,10 @@ def test_the_experts_of_every_layer_have_room(monkeypatch):
         ({"enable_fused_speculation": True}, "enable_fused_speculation"),
         ({"is_medusa": True}, "is_medusa"),
         ({"async_mode": True}, "async_mode"),
+        ({"windowed_context_encoding_size": 4}, "the last one only"),
     ],
 )
-def test_a_configuration_under_which_captures_are_dropped_is_refused(options, said):
+def test_a_configuration_under_which_captures_are_dropped_or_wrong_is_refused(options, said):
     sampling = {} if "output_logits" in options else {"on_device_sampling_config": object()}
     neuron = fake_nxdi.NeuronConfig(**options, **sampling)
     config = SimpleNamespace(num_hidden_layers=2, model_type="llama", neuron_config=neuron)

@@ -172,6 +172,22 @@ def test_a_split_sequence_is_a_piece_of_the_prompt_but_whole_for_a_token():
     assert record.shape == (1, 5, 4)  # Rank 0 has all that is no padding.
     [(record, _)] = handed_out(capture, TOKEN, width=1, **options).find("layers.0/forward/output")
     assert record.placement is None
+    [(record, _)] = handed_out(capture, width=2, cp_degree=2, **options).find(
+        "layers.0/forward/output"
+    )
+    assert record.placement.unknown  # The sequence may have been reordered before.
+
+
+def test_a_chunk_of_a_prompt_belongs_to_the_step_of_the_prompt():
+    sink = tensortap.MemorySink()
+    with prepared("layers.0").hook(sink) as hook:
+        for start in (0, 5, 10, 0):
+            hook.inputs(app(), [IDS, MASK, POSITIONS + start, torch.arange(1), None])
+            hook(app(), [torch.rand(1, 8, 4)])
+    assert [(r.at.step, r.at.microbatch, r.shape[1]) for r in sink.records] == [
+        (0, 0, 5), (0, 1, 8), (0, 2, 8), (1, 0, 5)
+    ]  # fmt: skip
+    assert "encoded in chunks" in reasons(sink, "notes")["root"]
 
 
 def test_without_the_inputs_padding_is_kept_and_the_run_says_so():

@@ -36,6 +36,7 @@ class Facts:
     configured: bool = False
     tp: int = 1
     sequence_parallel: bool = False
+    context_parallel: bool = False
     residual_fused: bool = False
     lies: Mapping[str, Lies] = field(default_factory=dict)
 
@@ -190,12 +191,13 @@ def configured(facts: Facts, neuron: Any) -> Facts:
         configured=True,
         tp=int(getattr(neuron, "tp_degree", 1) or 1),
         sequence_parallel=bool(getattr(neuron, "sequence_parallel_enabled", False)),
+        context_parallel=int(getattr(neuron, "cp_degree", 1) or 1) > 1,
         residual_fused=bool(getattr(neuron, "qkv_kernel_fuse_residual_add", False)),
     )
 
 
 def problem(neuron: Any) -> str | None:
-    """Why NxDI would drop what is captured under this NeuronConfig, and what to do about it.
+    """Why what is captured under this NeuronConfig would be dropped, or wrong; and what to do.
 
     `NeuronBaseForCausalLM._get_constructed_outputs` hands captures on only when tokens are
     sampled on the device *and* logits are returned, and neither speculates; NeuronConfig sets
@@ -212,6 +214,11 @@ def problem(neuron: Any) -> str | None:
     for word in ("enable_fused_speculation", "is_medusa"):
         if getattr(neuron, word, False):
             return f"with {word} NxDI hands no captured tensors on. Turn it off for the capture"
+    if getattr(neuron, "windowed_context_encoding_size", None):
+        return (
+            "with windowed_context_encoding_size modules are called once a window, and NxD keeps "
+            "the last one only, which may be all padding. Turn it off for the capture"
+        )
     if getattr(neuron, "async_mode", False):
         return (
             "with async_mode the tensors of a forward come back ranked and a step late. Turn it "

@@ -20,12 +20,14 @@ Kind = Literal["cte", "tkg"]
 class Inputs:
     """What a forward was given, as far as the tensors it returns depend on it.
 
-    `lengths` are the tokens of each row, where they are known and padding is on the right.
+    `first`: it begins a prompt; the later chunks of one encode context as well. `lengths` are
+    the tokens of each row, where they are known and padding is on the right.
     """
 
     kind: Kind
     rows: int
-    lengths: tuple[int, ...] | None
+    first: bool
+    lengths: tuple[int, ...] | None = None
     left_padded: bool = False
 
 
@@ -61,20 +63,21 @@ class Forward:
 def read_inputs(given: Sequence[Any]) -> Inputs | None:
     """From what NxDI hands to an `input_capture_hook`: ids, mask, positions, sequence ids, ….
 
-    A forward encodes context when its first position is 0 (`NeuronBaseForCausalLM._is_prefill`).
-    `None` when these are no tensors.
+    A forward begins a prompt when its first position is 0 (`NeuronBaseForCausalLM._is_prefill`);
+    with several tokens beyond it encodes more of one, whose length nothing tells. `None` when
+    these are no tensors.
     """
     ids, mask, positions = (*given, None, None, None)[:3]
     if not isinstance(ids, torch.Tensor) or not isinstance(positions, torch.Tensor):
         return None
     rows = int(ids.shape[0])
     if int(positions.min()) != 0:
-        return Inputs("tkg", rows, None)
+        return Inputs("cte" if ids.shape[-1] > 1 else "tkg", rows, first=False)
     if not isinstance(mask, torch.Tensor) or mask.shape[-1] != ids.shape[-1]:
-        return Inputs("cte", rows, tuple((positions.amax(-1) + 1).tolist()))
+        return Inputs("cte", rows, True, tuple((positions.amax(-1) + 1).tolist()))
     seen = mask.to(torch.int64).sum(-1)
     right = bool((mask.bool() == (torch.arange(mask.shape[-1]) < seen[:, None])).all())
-    return Inputs("cte", rows, tuple(seen.tolist()) if right else None, left_padded=not right)
+    return Inputs("cte", rows, True, tuple(seen.tolist()) if right else None, not right)
 
 
 class Forwards:
@@ -98,7 +101,8 @@ class Forwards:
         """The forward that just returned; `lengths` are those of its tensors' sequence axes."""
         inputs, self._announced = self._announced, None
         kind = inputs.kind if inputs is not None else self._guess(lengths)
-        if self.step < 0 or self._ended or kind == "cte":
+        first = inputs.first if inputs is not None else kind == "cte"
+        if self.step < 0 or self._ended or first:
             self.step, self._microbatch, self._ended = self.step + 1, 0, False
         else:
             self._microbatch += 1

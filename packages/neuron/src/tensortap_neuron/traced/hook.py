@@ -130,7 +130,8 @@ class TracedHook:
     def _meet(self, app: Any) -> None:
         """What the running application says comes before what was known when it was prepared."""
         if app is not self._app:
-            neuron = getattr(app, "neuron_config", None)
+            text = getattr(app, "text_config", None)  # Of a model of images and text.
+            neuron = getattr(text or app, "neuron_config", None)
             self._problem = problem(neuron)
             if neuron is not None:
                 self._facts = configured(self.capture.facts, neuron)
@@ -212,6 +213,8 @@ class TracedHook:
         lengths = None if forward.inputs is None else forward.inputs.lengths
         if forward.inputs is None and forward.kind == "cte":
             self.coverage.note("root", _UNKNOWN_LENGTH)
+        elif forward.inputs is not None and forward.kind == "cte" and not forward.inputs.first:
+            self.coverage.note("root", _CHUNK)
         elif forward.inputs is not None and forward.inputs.left_padded:
             self.coverage.note("root", "prompts are padded on the left: the padding is not cut")
         elif lengths and len(set(lengths)) > 1:
@@ -271,6 +274,10 @@ class TracedHook:
 _UNKNOWN_LENGTH = (
     "the padding of prompts to their bucket is not cut: nothing said how long they are. "
     "Pass input_capture_hook=hook.inputs as well (generate(**hook.kwargs))"
+)
+_CHUNK = (
+    "prompts are encoded in chunks, or after a cached prefix: each is a microbatch of the step "
+    "before it, and the padding of its bucket is not cut. Call hook.step() between prompts"
 )
 
 

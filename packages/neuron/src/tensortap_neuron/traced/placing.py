@@ -37,10 +37,14 @@ def lie_of(path: str, side: Side, facts: Facts, *, prefill: bool) -> tuple[Lie, 
     known = facts.lies.get(path)
     if known is not None:
         lie = known.output if side == "output" else known.input
-        return (lie if prefill or lie != "sequence" else "whole"), known
-    if facts.tp == 1:
+        lie = lie if prefill or lie != "sequence" else "whole"
+    elif facts.tp == 1:
         return "whole", Lies("whole", "whole")
-    return _by_place(path, side, split=facts.sequence_parallel and prefill), Lies()
+    else:
+        lie = _by_place(path, side, split=facts.sequence_parallel and prefill)
+    if lie == "sequence" and facts.context_parallel:
+        lie = "unknown"  # NxDI may reorder the sequence first (`chunk_and_reorder_tensor`).
+    return lie, known or Lies()
 
 
 def _by_place(path: str, side: Side, *, split: bool) -> Lie:
