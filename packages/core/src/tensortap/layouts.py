@@ -8,7 +8,8 @@ group `tensortap.layouts`.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -17,6 +18,7 @@ from typing import Protocol
 
 from tensortap.discovery import load_plugin
 from tensortap.errors import ConfigError, RunError, RunExists, nearest
+from tensortap.records import RunInfo
 from tensortap.sinks import TensorSink
 from tensortap.store import Run, RunDirectorySink
 
@@ -84,3 +86,17 @@ def sinks_of_ranks(
     if isinstance(sink, RunDirectorySink):
         return [(copy(sink), (rank,)) for rank in ranks]
     return [(sink, tuple(ranks))]
+
+
+@contextmanager
+def filling(sink: TensorSink, info: RunInfo) -> Iterator[None]:
+    """Open a sink for an import, and close it; a run whose import stops half-way says so."""
+    sink.open(info)
+    try:
+        yield
+    except BaseException as failure:
+        if isinstance(sink, RunDirectorySink):
+            sink.mark_incomplete(f"the import stopped: {failure}")
+        raise
+    finally:
+        sink.close()

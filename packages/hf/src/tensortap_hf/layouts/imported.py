@@ -14,7 +14,7 @@ import torch
 
 from tensortap.coverage import Coverage
 from tensortap.errors import RunError
-from tensortap.layouts import Moved, Progress
+from tensortap.layouts import Moved, Progress, filling
 from tensortap.names import TensorName
 from tensortap.records import Coordinates, RunInfo, TensorRecord
 from tensortap.sinks import CoverageSink, TensorSink
@@ -72,8 +72,7 @@ def write(runs: Sequence[OldRun], sink: TensorSink, files: int, progress: Progre
 def _fill(sink: TensorSink, run: OldRun, progress: Progress, done: int) -> int:
     """Each sample is a step; returns how many records there are now."""
     coverage, seq = Coverage(), 0
-    sink.open(run.info)
-    try:
+    with filling(sink, run.info):
         for step, tensors in enumerate(run.samples):
             for name, values in tensors:
                 sink.write(_record(name, values, step, seq), values)
@@ -83,12 +82,6 @@ def _fill(sink: TensorSink, run: OldRun, progress: Progress, done: int) -> int:
             sink.end_step(step)
         if isinstance(sink, CoverageSink):
             sink.cover(coverage.report(steps=len(run.samples)))
-    except BaseException as failure:
-        if isinstance(sink, RunDirectorySink):
-            sink.mark_incomplete(f"the import stopped: {failure}")
-        raise
-    finally:
-        sink.close()
     return done + seq
 
 

@@ -19,10 +19,9 @@ from typing import Any
 
 from tensortap.coverage import Coverage
 from tensortap.errors import RunError
-from tensortap.layouts import Moved, Progress, sinks_of_ranks
+from tensortap.layouts import Moved, Progress, filling, sinks_of_ranks
 from tensortap.records import RunInfo, TensorRecord
 from tensortap.sinks import CoverageSink, TensorSink
-from tensortap.store import RunDirectorySink
 from tensortap.store.documents import decode_info, read_document
 from tensortap.store.reports import merge_coverage
 from tensortap_megatron.layout.files import bare_record, load, read_file
@@ -191,8 +190,7 @@ def _fill(
 ) -> int:
     """Write the records into one sink; returns how many there are now."""
     coverage, steps = Coverage(), 0
-    sink.open(info)
-    try:
+    with filling(sink, info):
         for step, some in groupby(entries, key=lambda entry: entry.record.at.step):
             for entry in some:
                 sink.write(*load(entry.path, entry.record))
@@ -204,10 +202,4 @@ def _fill(
             steps += 1
         if isinstance(sink, CoverageSink):
             sink.cover(merge_coverage({Path(): coverage.report(steps=steps), **told}))
-    except BaseException as failure:
-        if isinstance(sink, RunDirectorySink):
-            sink.mark_incomplete(f"the import stopped: {failure}")
-        raise
-    finally:
-        sink.close()
     return done
