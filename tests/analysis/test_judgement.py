@@ -11,7 +11,7 @@ import torch
 from tensortap import stats
 from tensortap.errors import ConfigError
 from tensortap_analysis.captured.moments import Moment
-from tensortap_analysis.judging.chance import rms_ratio
+from tensortap_analysis.judging.chance import larger_by_chance, rms_ratio
 from tensortap_analysis.judging.presets import PRESETS, judged, preset
 from tensortap_analysis.measuring.bounds import bounds_of, said
 from tensortap_analysis.metrics import measure_tensors
@@ -128,6 +128,37 @@ def test_the_ratio_to_the_noise_is_the_order_and_the_shape_of_errors_only_a_limi
     assert far.excess == pytest.approx(50 / 1.5, rel=0.05)
     assert spread.excess == 1
     assert "Bhattacharyya" in spread.grade
+
+
+def test_a_broken_channel_stands_out_though_the_whole_is_closer_than_the_noise():
+    generator = torch.Generator().manual_seed(0)
+    x, d, e = (torch.randn(40, 64, generator=generator, dtype=torch.float64) for _ in range(3))
+    port = x + 1e-5 * e
+    assert judge(pair_of(x, port, x + 1e-2 * d)).within
+    port[:, 7] += 0.07
+    found = judge(pair_of(x, port, x + 1e-2 * d))
+    assert not found.within
+    assert found.excess == 1
+    assert found.grade == "0.876x the noise, but 40 values stand out beyond its largest error"
+
+
+@pytest.mark.parametrize("tail", [1.0, 1.5, 3.0])
+def test_errors_of_heavy_tails_stand_out_once_in_a_thousand_at_most(tail):
+    draws = np.random.default_rng(0).standard_t(tail, (2, 1000, 64))
+    x = torch.randn(1000, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    runs = (x + 1e-3 * torch.from_numpy(errors) for errors in draws)
+    found = [judge(pair_of(*row)).grade for row in zip(x, *runs, strict=True)]
+    assert sum("stand out" in grade for grade in found) <= 1
+
+
+@pytest.mark.parametrize(("one", "two"), [(100, 100), (100, 400), (400, 100)])
+def test_the_largest_errors_are_all_of_one_sample_once_in_a_thousand(one, two):
+    rng = np.random.default_rng(0)
+    draws = rng.standard_cauchy((4000, one)), rng.standard_cauchy((4000, two))
+    tops = (np.abs(draws[0]) > np.abs(draws[1]).max(1, keepdims=True)).sum(1)
+    ref = torch.zeros(max(one, two))
+    allowed = larger_by_chance(*(measure_tensors(ref[:n], ref[:n]) for n in (one, two)))
+    assert np.mean(tops >= allowed) <= 0.002
 
 
 @pytest.mark.parametrize("name", ["classic", "port"])

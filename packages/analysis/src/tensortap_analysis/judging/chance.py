@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from functools import lru_cache
 from statistics import NormalDist
 
@@ -51,6 +52,28 @@ def lost_likeness(one: Metrics, two: Metrics) -> float:
     bins = max(_bins(one), _bins(two))
     width = math.log(rms_ratio(min(one.compared, two.compared)))
     return bins * (1 / one.compared + 1 / two.compared) / 2 + 1 - 1 / math.sqrt(math.cosh(width))
+
+
+def larger(one: Metrics, two: Metrics) -> int:
+    """How many errors of `one` are larger than all of `two`, by their powers of two."""
+    top = max(_sizes(two), default=-math.inf)
+    return sum(count for size, count in _sizes(one).items() if size > top)
+
+
+def larger_by_chance(one: Metrics, two: Metrics) -> float:
+    """So many of `one` are larger than all of `two` once in 1000, if both are of one distribution.
+
+    Whatever that is: of equally many errors each order is equally likely, so the k largest are all
+    of `one` once in 2^k.
+    """
+    if not one.compared or not two.compared:
+        return math.inf
+    return math.log(1000) / math.log1p(two.compared / one.compared)
+
+
+def _sizes(metrics: Metrics) -> Counter[int]:
+    found = metrics.error_histogram.absolute
+    return Counter(found.negative) + Counter(found.positive)
 
 
 def _bins(metrics: Metrics) -> int:

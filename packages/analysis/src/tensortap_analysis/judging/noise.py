@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import math
 
-from tensortap_analysis.judging.chance import FEW, lost_likeness, rms_ratio
+from tensortap_analysis.judging.chance import (
+    FEW,
+    larger,
+    larger_by_chance,
+    lost_likeness,
+    rms_ratio,
+)
 from tensortap_analysis.judging.judgement import Judgement, Limits, Preset
 from tensortap_analysis.judging.rounding import once
 from tensortap_analysis.metrics import bhattacharyya
@@ -25,8 +31,9 @@ def _noise(pair: Pair, limits: Limits, floor: float) -> Judgement:
 
     Where the noise run happens to be closer than one rounding of its own dtype, that rounding
     counts. Few values are allowed the scatter that they have by chance. A run that is closer to
-    the reference than the noise is never blamed for the shape of its errors. Without noise the
-    estimate of `rounding` stands in.
+    the reference than the noise may have errors of another shape, but not more than a few that are
+    larger than all of the noise's: one broken channel hides in the RMS of many good ones. Without
+    noise the estimate of `rounding` stands in.
     """
     noise = usable(pair)
     if noise is None:
@@ -38,13 +45,28 @@ def _noise(pair: Pair, limits: Limits, floor: float) -> Judgement:
     excess, grade = ratio / allowed, f"{ratio:.3g}x the noise"
     if values < FEW:
         grade += f" (few values: up to {allowed:.3g}x accepted)"
-    elif ratio > 1 and noise.rmse >= accepted and pair.by != "statistics":
-        likeness = bhattacharyya(pair.metrics, noise.metrics) or 0.0
-        lost = 1 - likeness - lost_likeness(pair.metrics, noise.metrics)
-        if lost >= 1 - limits["bhattacharyya"]:
-            grade += f", spread unlike it (Bhattacharyya {likeness:.3f})"
-            excess = max(excess, 1.0)
+    elif noise.rmse >= accepted and pair.by != "statistics":
+        unlike = _unlike(pair, noise, limits) if ratio > 1 else _standing_out(pair, noise)
+        if unlike:
+            grade, excess = f"{grade}, {unlike}", max(excess, 1.0)
     return Judgement(excess, grade)
+
+
+def _unlike(pair: Pair, noise: Pair, limits: Limits) -> str | None:
+    """In words, that errors are spread otherwise than the noise's."""
+    likeness = bhattacharyya(pair.metrics, noise.metrics) or 0.0
+    lost = 1 - likeness - lost_likeness(pair.metrics, noise.metrics)
+    if lost < 1 - limits["bhattacharyya"]:
+        return None
+    return f"spread unlike it (Bhattacharyya {likeness:.3f})"
+
+
+def _standing_out(pair: Pair, noise: Pair) -> str | None:
+    """In words, that more errors than chance allows are larger than all of the noise's."""
+    count = larger(pair.metrics, noise.metrics)
+    if count < larger_by_chance(pair.metrics, noise.metrics):
+        return None
+    return f"but {count:,} values stand out beyond its largest error"
 
 
 def _least(pair: Pair, noise: Pair, floor: float) -> float:
