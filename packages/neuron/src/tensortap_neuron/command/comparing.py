@@ -14,7 +14,7 @@ from tensortap_neuron.command.naming import Place, place, places
 from tensortap_neuron.command.printing import cell
 
 if TYPE_CHECKING:
-    from tensortap_analysis import Comparison, Divergence, Judgement, Pair, RunComparison
+    from tensortap_analysis import Comparison, Divergence, Judgement, Pair, RunComparison, Unpaired
 
 PRESETS = {"port": "port", "classic": "port", "noise": "noise"}
 """What `--preset` says -> the preset of tensortap-analysis: the older guide's fixed thresholds,
@@ -228,8 +228,14 @@ def compared(trio: Trio, pattern: str, preset: str) -> Result:
         noise=None if trio.noise is None else named(trio.noise),
         preset=PRESETS[preset], select=",".join(names),
     )  # fmt: skip
-    missing = [f"{one.name}: {one.reason}" for one in found.runs[0].unpaired]
-    return Result(trio, found, tuple(missing))
+    return Result(trio, found, tuple(map(_missing, found.runs[0].unpaired)))
+
+
+def _missing(one: Unpaired) -> str:
+    at = place(one.name)
+    only = {"ref": "only the reference has it", "run": "only the port has it"}
+    why = only.get(one.where, one.reason) if one.kind == "absent" else one.reason
+    return f"{one.name if at is None else at.title}: {why}"
 
 
 def named(one: Captured) -> Any:

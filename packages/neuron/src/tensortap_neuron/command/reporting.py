@@ -53,13 +53,14 @@ def _say_one(result: Result, preset: str) -> None:
     printing.say_table(headings, [_cells(row, noisy=noisy) for row in result.rows])
     for line in _findings(result):
         printing.say(line)
-    warnings = (*result.found.remarks, *result.run.warnings)
-    for text in dict.fromkeys(warnings):
+    lost = [f"not compared: {line}" for line in result.missing]
+    for text in dict.fromkeys((*lost, *result.found.remarks, *result.run.warnings)):
         printing.warn(text)
     fine = sum(row.fine for row in result.rows)
+    more = f"; {len(lost)} could not be compared" if lost else ""
     printing.say(
         f"{printing.mark(result.code == 0)} {_WORDS[result.code]}: {fine} of {len(result.rows)} "
-        "tensors are within the limits"
+        f"tensors are within the limits{more}"
     )
 
 
@@ -91,7 +92,6 @@ def _findings(result: Result) -> Iterator[str]:
         yield f"first local divergence: {local}"
     yield from (f"jump between layers: {jump}" for jump in result.jumps)
     yield from (f"NaN, Inf or |mean| > 10: {line}" for line in result.broken)
-    yield from (f"not compared: {line}" for line in result.missing)
 
 
 def document(
