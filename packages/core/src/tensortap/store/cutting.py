@@ -22,28 +22,42 @@ def cut(
     padded: bool,
 ) -> torch.Tensor:
     """`tensor`, which lies at `place`, reduced to one part of it and to its valid lengths."""
-    valid = {} if padded or placement is None else dict(placement.valid)
-    lengths = {axis_of(axis, place.logical): length for axis, length in valid.items()}
-    if part is not None:
-        axis = axis_of(part.axis, place.logical)
-        end = lengths.pop(axis, place.logical[axis])
-        tensor = take(tensor, axis, local(_clip(part.segments, end), place.axes[axis]))
-    for axis, end in lengths.items():
-        tensor = take(tensor, axis, local([(0, end)], place.axes[axis]))
+    wanted = wanted_segments(place.logical, placement, part, padded=padded)
+    for axis, (runs, held) in enumerate(zip(wanted, place.axes, strict=True)):
+        if runs != [(0, place.logical[axis])]:
+            tensor = take(tensor, axis, [local for _, local in overlaps(runs, held)])
     return tensor
 
 
-def local(wanted: Sequence[Segment], held: Sequence[Stretch]) -> list[Segment]:
-    """Where the wanted stretches of a logical axis are in a piece, in the order wanted."""
+def wanted_segments(
+    logical: Sequence[int], placement: Placement | None, part: Part | None, *, padded: bool
+) -> list[list[Segment]]:
+    """The stretches of every logical axis that are left of it, in order."""
+    runs: list[list[Segment]] = [[(0, size)] for size in logical]
+    if part is not None:
+        runs[axis_of(part.axis, logical)] = list(part.segments)
+    valid = {} if padded or placement is None else placement.valid
+    for axis, end in valid.items():
+        at = axis_of(axis, logical)
+        runs[at] = [(start, min(length, end - start)) for start, length in runs[at] if start < end]
+    return runs
+
+
+def overlaps(wanted: Sequence[Segment], held: Sequence[Stretch]) -> list[tuple[Segment, Segment]]:
+    """(where among the wanted, where in the piece) of each stretch that is wanted and held.
+
+    Positions among the wanted are those of the stretches laid end to end, in the order wanted.
+    """
     if len(wanted) * len(held) > _MOST_PAIRS:
         raise RunError("the parts and placements are cut too finely to be real")
-    found = []
+    found, at = [], 0
     for start, length in wanted:
         for part in held:
-            first = max(start, part.start)
-            last = min(start + length, part.start + part.length)
+            first, last = max(start, part.start), min(start + length, part.start + part.length)
             if first < last:
-                found.append((part.local + first - part.start, last - first))
+                here = (at + first - start, last - first)
+                found.append((here, (part.local + first - part.start, last - first)))
+        at += length
     return found
 
 
@@ -59,10 +73,6 @@ def take(tensor: torch.Tensor, axis: int, segments: Sequence[Segment]) -> torch.
         torch.cat([raw.narrow(axis, start, length) for start, length in segments], dim=axis),
         tensor.dtype,
     )
-
-
-def _clip(segments: Sequence[Segment], end: int) -> list[Segment]:
-    return [(start, min(length, end - start)) for start, length in segments if start < end]
 
 
 def require_one(placements: Sequence[Placement | None]) -> Placement | None:

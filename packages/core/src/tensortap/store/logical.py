@@ -10,8 +10,8 @@ import torch
 from tensortap.errors import RunError
 from tensortap.records import Part, Placement, Segment, TensorRecord
 from tensortap.store.assembly import assemble, describe
-from tensortap.store.cutting import cut, require_one, take
-from tensortap.store.pieces import Geometry, Piece, Stretch, axis_of, geometry
+from tensortap.store.cutting import cut, overlaps, require_one, take, wanted_segments
+from tensortap.store.pieces import Geometry, Piece, geometry
 
 Box = Sequence[tuple[int, int]]
 """(start, stop) on every axis."""
@@ -93,18 +93,10 @@ class LogicalTensor:
         """The stretches of every logical axis that were asked for, in order."""
         if self._bare:
             return [[(0, size)] for size in self._pieces[0].tensor.shape]
-        logical = self._places[0].logical
         if self._alone:
             return [[(0, size)] for size in self.tensor().shape]
-        runs: list[list[Segment]] = [[(0, size)] for size in logical]
-        valid = {} if self._padded or self._placement is None else self._placement.valid
-        lengths = {axis_of(axis, logical): length for axis, length in valid.items()}
-        if self._part is not None:
-            axis = axis_of(self._part.axis, logical)
-            runs[axis] = list(self._part.segments)
-        for axis, end in lengths.items():
-            runs[axis] = [(s, min(n, end - s)) for s, n in runs[axis] if s < end]
-        return runs
+        logical = self._places[0].logical
+        return wanted_segments(logical, self._placement, self._part, padded=self._padded)
 
 
 def _within(runs: Sequence[Segment], start: int, stop: int) -> list[Segment]:
@@ -122,7 +114,7 @@ def _restricted(piece: Piece, place: Geometry, wanted: Sequence[Sequence[Segment
     """What a piece holds of the wanted stretches, placed in the box that they make."""
     tensor, segments = piece.tensor, {}
     for axis, (runs, held) in enumerate(zip(wanted, place.axes, strict=True)):
-        pairs = _overlaps(runs, held)
+        pairs = overlaps(runs, held)
         if not pairs and runs:
             return None
         tensor = take(tensor, axis, [local for _, local in pairs])
@@ -130,16 +122,3 @@ def _restricted(piece: Piece, place: Geometry, wanted: Sequence[Sequence[Segment
     shape = tuple(sum(length for _, length in runs) for runs in wanted)
     partial = piece.placement.partial if piece.placement is not None else ()
     return replace(piece, tensor=tensor, placement=Placement(shape, segments, partial=partial))
-
-
-def _overlaps(runs: Sequence[Segment], held: Sequence[Stretch]) -> list[tuple[Segment, Segment]]:
-    """(where in the box, where in the piece) of every stretch that is wanted and held."""
-    found, at = [], 0
-    for begin, length in runs:
-        for part in held:
-            first, last = max(begin, part.start), min(begin + length, part.start + part.length)
-            if first < last:
-                here = (at + first - begin, last - first)
-                found.append((here, (part.local + first - part.start, last - first)))
-        at += length
-    return found
