@@ -16,12 +16,10 @@ from typing import Protocol, cast
 
 import torch
 
-from tensortap.discovery import load_plugin
 from tensortap.errors import NotSupported, PluginError
+from tensortap.plugins import BACKENDS, load_plugin
 from tensortap.records import Statistics
 from tensortap.stats import finish, raw, statistics
-
-GROUP = "tensortap.backends"
 
 Allocate = Callable[[int], torch.Tensor]
 """Bytes -> a 1-d uint8 CPU tensor of at least that size, pinned on a machine with CUDA."""
@@ -94,7 +92,7 @@ class LazyBackend(DeferredBackend, Protocol):
 def lazy_backends(devices: Iterable[torch.device]) -> list[LazyBackend]:
     """Those of the devices' backends that are lazy; devices nobody serves are left out."""
     kinds = {device.type for device in devices} - _BUILT_IN.keys()
-    served = [kind for kind in sorted(kinds) if entry_points(group=GROUP, name=kind)]
+    served = [kind for kind in sorted(kinds) if entry_points(group=BACKENDS, name=kind)]
     found = [_for_type(kind) for kind in served]
     return [cast("LazyBackend", backend) for backend in found if getattr(backend, "lazy", False)]
 
@@ -110,7 +108,7 @@ def for_device(device: torch.device) -> Backend:
 
 @cache
 def _for_type(kind: str) -> Backend:
-    plugins = entry_points(group=GROUP, name=kind)
+    plugins = entry_points(group=BACKENDS, name=kind)
     if len(plugins) > 1:
         both = ", ".join(sorted(plugin.value for plugin in plugins))
         raise PluginError(f"Several plugins serve {kind} tensors: {both}. Uninstall all but one.")
@@ -120,7 +118,7 @@ def _for_type(kind: str) -> Backend:
         raise NotSupported(
             f"Tensors on {kind!r} devices cannot be captured: core serves "
             f"{' and '.join(_BUILT_IN)}, and no installed package has an entry point {kind!r} in "
-            f"the group {GROUP}."
+            f"the group {BACKENDS}."
         )
     return _BUILT_IN[kind]()
 

@@ -23,10 +23,10 @@ from rich.markup import escape
 from rich.progress import Progress
 
 import tensortap
-from tensortap.discovery import load_plugin
 from tensortap.doctor import examine
 from tensortap.errors import PluginError, RunError, TensortapError
 from tensortap.layouts import layout
+from tensortap.plugins import COMMANDS, load_plugin
 from tensortap.selection import Selection
 from tensortap.store import Run, RunDirectorySink, open_run, recover
 from tensortap.store.codec import encode_record
@@ -274,7 +274,7 @@ def _add_plugin_commands(word: str) -> None:
     own = typer.main.get_command(app)
     if isinstance(own, typer.core.TyperGroup) and word in own.commands:
         return
-    plugins = entry_points(group="tensortap.commands")
+    plugins = entry_points(group=COMMANDS)
     called = [entry for entry in plugins if entry.name == word]
     for entry in called or plugins:
         try:

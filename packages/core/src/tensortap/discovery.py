@@ -6,19 +6,17 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from importlib.metadata import EntryPoint, EntryPoints, entry_points
+from importlib.metadata import EntryPoints, entry_points
 from typing import Any
 
 from torch import nn
 
-import tensortap
 from tensortap.errors import NotSupported, PluginError, nearest
 from tensortap.integration import Integration, Observer, Site
 from tensortap.names import ROOT
+from tensortap.plugins import INTEGRATIONS, load_plugin
 from tensortap.undo import Undo
 from tensortap.wrappers import claim, unwrapped_modules
-
-GROUP = "tensortap.integrations"
 
 
 class NativeIntegration:
@@ -46,7 +44,7 @@ class NativeIntegration:
         return {}
 
 
-def better(model: nn.Module) -> str | None:
+def better_integration(model: nn.Module) -> str | None:
     """Which package would name a natively named model better, as a sentence, if one would."""
     framework = type(model).__module__.partition(".")[0]
     extra = {"transformers": "hf", "megatron": "megatron"}.get(framework)
@@ -56,7 +54,7 @@ def better(model: nn.Module) -> str | None:
 
 
 def _entries() -> EntryPoints:
-    return entry_points(group=GROUP)
+    return entry_points(group=INTEGRATIONS)
 
 
 def aliases(model: nn.Module) -> Iterator[tuple[str, str]]:
@@ -108,30 +106,6 @@ def _installed(*, untriggered: bool = False) -> Iterator[Integration]:
     for entry in _entries():
         if untriggered or entry.name in sys.modules:
             yield load_plugin(entry)
-
-
-def load_plugin(entry: EntryPoint) -> Any:
-    """Load an entry point; a broken plugin is an error, never treated as an absent one."""
-    where = f"{entry.value} (entry point {entry.group}: {entry.name})"
-    _check_version(entry, where)
-    try:
-        return entry.load()
-    except Exception as error:
-        raise PluginError(
-            f"The plugin {where} fails to load: {type(error).__name__}: {error}. "
-            "Repair or uninstall it."
-        ) from error
-
-
-def _check_version(entry: EntryPoint, where: str) -> None:
-    if entry.dist is None or not entry.dist.name.startswith("tensortap-"):
-        return
-    core, plugin = tensortap.__version__, entry.dist.version
-    if core.split(".")[:2] != plugin.split(".")[:2]:
-        raise PluginError(
-            f"The plugin {where} has version {plugin}, the core {core}; "
-            f'install both together: pip install -U "tensortap[all]=={core}".'
-        )
 
 
 def told_apart(sites: Sequence[Sequence[Site]]) -> list[list[Site]]:

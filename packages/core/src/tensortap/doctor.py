@@ -11,14 +11,11 @@ import torch
 
 from tensortap import native
 from tensortap.config import Settings
-from tensortap.discovery import load_plugin
 from tensortap.errors import TensortapError
+from tensortap.plugins import GROUPS, load_plugin
 
 _LIBRARIES = ("torch", "numpy", "safetensors", "xxhash", "typer", "rich")
 _FRAMEWORKS = ("transformers", "megatron-core", "torch-xla")
-_PLUGINS = tuple(
-    f"tensortap.{kind}" for kind in ("integrations", "backends", "layouts", "commands")
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +66,7 @@ def _devices() -> str:
 
 def _plugins() -> list[Finding]:
     findings = []
-    for group in _PLUGINS:
+    for group in GROUPS:
         for entry in entry_points(group=group):
             what = f"{group}: {entry.name}"
             try:

@@ -16,8 +16,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Protocol
 
-from tensortap.discovery import load_plugin
 from tensortap.errors import ConfigError, RunError, RunExists, nearest
+from tensortap.plugins import LAYOUTS, load_plugin
 from tensortap.records import RunInfo
 from tensortap.sinks import TensorSink
 from tensortap.store import Run, RunDirectorySink
@@ -50,7 +50,7 @@ class Layout(Protocol):
 def layouts() -> dict[str, Layout]:
     """Every layout installed, by name; a broken plugin raises `PluginError`."""
     found: dict[str, Layout] = {"pt": importlib.import_module("tensortap.pt_layout").PtLayout()}
-    for entry in entry_points(group="tensortap.layouts"):
+    for entry in entry_points(group=LAYOUTS):
         found[entry.name] = load_plugin(entry)
     return found
 

@@ -21,7 +21,7 @@ from tensortap.choices import Choices
 from tensortap.config import Settings
 from tensortap.coverage import Coverage, explain_absences
 from tensortap.destination import destination
-from tensortap.discovery import aliases, better, discover, told_apart
+from tensortap.discovery import aliases, better_integration, discover, told_apart
 from tensortap.errors import CaptureError, CaptureWarning, ConfigError, NotSupported
 from tensortap.gradients import Sighting
 from tensortap.hooks import ContainerHooks, ModuleHooks, ancestors
@@ -214,7 +214,7 @@ class Tap:
     def _note(self, roots: Sequence[nn.Module], plugins: Sequence[Integration]) -> None:
         """Say in the coverage what is known before anything runs."""
         for root, plugin in zip(roots, plugins, strict=True):
-            hint = better(root) if plugin.name == "native" else None
+            hint = better_integration(root) if plugin.name == "native" else None
             if hint is not None:
                 self.coverage.note("root", hint)
             for again, first in aliases(root):

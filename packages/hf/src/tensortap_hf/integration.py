@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from tensortap.integration import Observer, Site
+from tensortap.plugins import release
 from tensortap.undo import Undo
 from tensortap.wrappers import claim
 from tensortap_hf import attention, fused, generation, mixer, quamba_model
@@ -37,7 +37,7 @@ class HuggingFace:
             return None
         if not pretrained(model):
             return f"{type(model).__name__} holds no transformers PreTrainedModel."
-        if _version(_installed()) < _version(TESTED[0]):
+        if release(_installed()) < release(TESTED[0]):
             return (
                 f"transformers {_installed()} found; {TESTED[0]} or newer is supported. "
                 "Update it, or capture under native names with using='native'."
@@ -85,7 +85,7 @@ class HuggingFace:
         for outermost in pretrained(model):
             if callable(getattr(outermost, "generate", None)):
                 generation.install(outermost, observer, undo)
-        if _version(_installed()) >= _version(TESTED[1]):
+        if release(_installed()) >= release(TESTED[1]):
             observer.note("root", f"transformers {_installed()} is newer than tensortap-hf's tests")
 
     def describe(self, model: nn.Module) -> Mapping[str, Any]:
@@ -131,11 +131,6 @@ def _mode(model: nn.Module) -> dict[str, Any]:
 
 def _installed() -> str:
     return str(sys.modules["transformers"].__version__)
-
-
-def _version(text: str) -> tuple[int, ...]:
-    """`"5.23.0.dev0"` -> `(5, 23)`: patches and development versions count as their release."""
-    return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
 
 
 def _functions(found: Named, taken: set[str]) -> Iterator[Site]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from tensortap.integration import Observer, Site
+from tensortap.plugins import release
 from tensortap.undo import Undo
 from tensortap_megatron import (
     activations,
@@ -65,7 +65,7 @@ class Megatron:
             isinstance(m, library.MegatronModule) for m in model.modules()
         ):
             return f"{type(model).__name__} holds no Megatron-core module."
-        if _version(_installed()) < _version(TESTED[0]):
+        if release(_installed()) < release(TESTED[0]):
             return (
                 f"megatron-core {_installed()} found; {TESTED[0]} to 0.16 are supported. "
                 "Update it, or capture under native names with using='native'."
@@ -92,7 +92,7 @@ class Megatron:
                 transformer_engine.explain(site, observer)
         mixers.explain(sites, observer)
         optimizer.watch(model, observer.end_step, undo)
-        if _version(_installed()) >= _version(TESTED[1]):
+        if release(_installed()) >= release(TESTED[1]):
             observer.note("root", f"megatron-core {_installed()} is newer than was tested")
 
     def describe(self, model: nn.Module) -> Mapping[str, Any]:
@@ -235,11 +235,6 @@ def _tied(named: Named, facts: Facts) -> Site:
 
 def _installed() -> str:
     return str(sys.modules["megatron.core"].__version__)
-
-
-def _version(text: str) -> tuple[int, ...]:
-    """`"0.16.1rc0"` -> `(0, 16)`: patches and candidates count as their release."""
-    return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
 
 
 def _versions() -> dict[str, str]:
