@@ -19,8 +19,8 @@ import torch
 
 from tensortap_analysis.weights.measures.blas import Doubles, add_gram, eigenvalues
 
-_BYTES = 1 << 25
-"""Of a block in float64."""
+_BYTES, _FEWEST = 1 << 23, 256
+"""Of a block in float64, and the rows it has at least: products of fewer are slow."""
 _TRUSTED = 1e-4
 """The relative error of a singular value that is taken from the Gram matrix."""
 _EPS = float(np.finfo(np.float64).eps)
@@ -67,7 +67,7 @@ def _blocks(matrix: torch.Tensor, unit: float) -> Iterator[Doubles]:
     """[some of the longer side, shorter side] in float64, times `unit`."""
     height, width = matrix.shape
     tall = height >= width
-    some = max(1, _BYTES // (8 * min(height, width)))
+    some = max(_FEWEST, _BYTES // (8 * min(height, width)))
     for piece in torch.split(matrix, some, dim=0 if tall else 1):
         wide = piece.to(torch.float64)
         block: Doubles = (wide if unit == 1.0 else wide * unit).numpy()
@@ -92,11 +92,19 @@ def _squares(block: Doubles) -> Doubles:
 
 def _by_qr(matrix: torch.Tensor, unit: float, alive: npt.NDArray[np.intp]) -> Doubles:
     """Singular values of the columns (of a wide matrix, rows) `alive`, by QR of block on block."""
-    above = torch.empty(0, len(alive), dtype=torch.float64)
+    side, held = len(alive), 0
+    stack = torch.empty(0, side, dtype=torch.float64)
     for block in _blocks(matrix, unit):
-        some = torch.from_numpy(block if len(alive) == block.shape[1] else block[:, alive])
-        above = torch.cat([above, some])
-        if above.shape[0] > above.shape[1]:
-            above = torch.linalg.qr(above, mode="r").R
-    values: Doubles = torch.linalg.svdvals(above).numpy()
+        rows = len(block)
+        if len(stack) < side + rows:
+            # The triangular factor, or as many rows, and a block below: one buffer for all.
+            stack = torch.empty(side + rows, side, dtype=torch.float64)
+        stack[held : held + rows] = torch.from_numpy(
+            block if side == block.shape[1] else block[:, alive]
+        )
+        held += rows
+        if held > side:
+            stack[:side] = torch.linalg.qr(stack[:held], mode="r").R
+            held = side
+    values: Doubles = torch.linalg.svdvals(stack[:held]).numpy()
     return values
