@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from tensortap_analysis.weights import Scope
 from tensortap_analysis.weights.drift import Drift, alerts, overall_alerts, track
+from tensortap_analysis.weights.drift.plot import draw_drift
+from tensortap_analysis.weights.drift.trend import conditions, most_changed, norms
 from tensortap_analysis.weights.health import Issue
 
 CONFIG = GPT2Config(
@@ -202,3 +205,33 @@ def test_a_layer_that_turns_at_one_norm_is_no_stall() -> None:
     two.weight.data = one.weight.data + 0.07 * torch.randn(16, 16) * one.weight.std()
     two.weight.data *= one.weight.norm() / two.weight.norm()
     assert alerts(drifts([one, two])[0], "classic") == []
+
+
+def test_pictures_name_what_broke_and_not_what_began(checkpoints: list[nn.Module]) -> None:
+    after = broken(checkpoints[3], BIAS, lambda weight: weight.mul_(1000))
+    broken_too = "transformer.h.2.mlp.c_fc"
+    with torch.no_grad():
+        after.get_parameter(f"{broken_too}.weight")[0, 0] = math.nan
+    steps = drifts([checkpoints[0], checkpoints[2], after])
+    assert most_changed(steps, list(steps[0].layers))[:2] == [broken_too, BIAS]
+
+
+def test_a_trend_of_norms_begins_where_there_is_one(checkpoints: list[nn.Module]) -> None:
+    steps = drifts(checkpoints)
+    line = norms(steps, BIAS)
+    sizes = [module.get_parameter(BIAS).norm().item() for module in checkpoints]
+    assert [at for at, _ in line] == [0, 1, 2, 3, 4]
+    assert [value for _, value in line] == pytest.approx([size / sizes[1] for size in sizes])
+
+
+def test_a_singular_matrix_does_not_flatten_the_other_lines(
+    checkpoints: list[nn.Module], tmp_path: Path
+) -> None:
+    name = "transformer.h.2.attn.c_proj.weight"
+    after = broken(checkpoints[4], name, lambda weight: weight.copy_(weight[:1].clone()))
+    with torch.no_grad():
+        after.get_parameter("transformer.h.0.mlp.c_fc.weight")[0, 0] = math.inf
+    steps = drifts([checkpoints[3], after])
+    line = dict(conditions(steps, "transformer.h.2.attn.c_proj"))
+    assert line[0] < 1e6 < line[1] <= 2**53
+    assert draw_drift(steps, tmp_path / "d.png").stat().st_size > 10_000

@@ -198,7 +198,30 @@ def test_drift_shows_every_weight_at_every_step(checkpoints, tmp_path):
     assert heat["z"][heat["y"].index("model.embed_tokens")] == [None, None]
     lines = {line["name"]: line["y"] for line in found["norms-data"]["data"]}
     assert lines["lm_head"] == pytest.approx([1, 2, 4])
+    assert found["changes-data"]["layout"]["xaxis"]["ticktext"] == ["step1", "step2"]
+    assert found["norms-data"]["layout"]["xaxis"]["ticktext"] == ["step0", "step1", "step2"]
     assert any(issue.cause.split(":")[0] in page for some in issues for issue in some)
+
+
+def test_weights_that_begin_or_break_are_drawn_as_far_as_they_can_be(tmp_path):
+    states = [{"a.weight": torch.eye(8), "a.bias": torch.zeros(8)} for _ in range(3)]
+    states[1]["a.bias"], states[2]["a.bias"] = torch.ones(8), torch.full((8,), 4.0)
+    states[2]["a.weight"][0, 0] = torch.nan
+    paths = [safetensors_folder(tmp_path / f"s{n}", state) for n, state in enumerate(states)]
+    _, _, page = drifted(paths, tmp_path / "d.html")
+    found = blocks(page)
+    lines = {line["name"]: (line["x"], line["y"]) for line in found["norms-data"]["data"]}
+    assert lines == {"a": ([0, 1], [1, 1]), "a.bias": ([0, 1, 2], [None, 1, pytest.approx(4)])}
+    [heat] = found["changes-data"]["data"]
+    at = heat["y"].index("a.bias")
+    assert heat["z"][at][0] is None
+    assert heat["hovertext"][at][0] == "a.bias<br>s1: from 0"
+
+
+def test_what_is_to_say_of_many_weights_is_said_once(checkpoints, tmp_path):
+    _, _, page = drifted([checkpoints[0], checkpoints[0]], tmp_path / "d.html")
+    assert page.count("Not one of its values changed.") == 1
+    assert "are they the same checkpoint?" in page
 
 
 def test_two_checkpoints_that_are_equal_make_a_report(checkpoints, tmp_path):

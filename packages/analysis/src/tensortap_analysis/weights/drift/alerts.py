@@ -105,6 +105,15 @@ def _unlike(ratio: float, usual: float, limit: float) -> bool:
     return not usual or not usual / limit <= ratio <= usual * limit
 
 
+def together(issues: Iterable[Issue]) -> list[tuple[Issue, int]]:
+    """Issues, and of how many others the same is to say; those to act on are each by itself."""
+    groups: dict[tuple[str, ...], list[Issue]] = {}
+    for issue in issues:
+        alone = (issue.layer,) if issue.severity != "info" else ()
+        groups.setdefault((issue.severity, issue.cause, issue.remedy, *alone), []).append(issue)
+    return [(some[0], len(some) - 1) for some in groups.values()]
+
+
 def _ranked(found: Iterable[Issue]) -> list[Issue]:
     return sorted(found, key=lambda issue: (SEVERITIES.index(issue.severity), -issue.excess))
 

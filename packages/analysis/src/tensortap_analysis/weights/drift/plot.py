@@ -5,29 +5,35 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
 from tensortap_analysis.plots.style import COLOURS, GREY, figure, labelled, look, save, say
 from tensortap_analysis.weights.drift.tracking import Drift
+from tensortap_analysis.weights.drift.trend import (
+    Line,
+    changes,
+    checkpoint_names,
+    conditions,
+    layers_of,
+    most_changed,
+    norms,
+)
 
 _NAMED = 6
 _LONGEST = 40
-_FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
-Line = Sequence[tuple[int, float]]
 
 
 def draw_drift(steps: Sequence[Drift], path: Path) -> Path:
-    """Write a PNG. The layers that changed most in one step are named, the others are grey."""
-    layers = list(dict.fromkeys(layer for step in steps for layer in step.layers))
-    named = sorted(layers, key=lambda layer: -_largest_change(steps, layer))[:_NAMED]
+    """Write a PNG. Layers that broke, or changed most in one step, are named; others are grey."""
+    layers = layers_of(steps)
+    named = most_changed(steps, layers)[:_NAMED]
     colours = dict(zip(named, COLOURS, strict=False))
     panels = (
-        ("norm / norm of the first", _norms, 1.0),
-        ("change of each step / norm before", _changes, None),
-        ("condition number", _conditions, None),
+        ("norm / norm of the first that is not 0", norms, 1.0),
+        ("change of each step / norm before", changes, None),
+        ("condition number", conditions, None),
     )
     with look():
         drawn = figure(13, 4.2)
@@ -40,7 +46,7 @@ def draw_drift(steps: Sequence[Drift], path: Path) -> Path:
         if handles:
             drawn.legend(handles, names, loc="outside lower center", ncols=3)
         title = f"Drift of {len(layers)} weights over {len(steps) + 1} checkpoints"
-        return save(drawn, path, title)
+        return save(drawn, path, title, _broken(steps))
 
 
 def _panel(
@@ -59,47 +65,24 @@ def _panel(
             color=colours.get(layer, GREY), alpha=1 if layer in colours else 0.3, label=label,
         )  # fmt: skip
     axes.set_yscale("log")
-    names = [_name(one) for one in (steps[0].before, *(step.after for step in steps))]
+    names = checkpoint_names(steps)
     few = range(0, len(names), max(1, len(names) // 8))
     axes.set_xticks(list(few), labelled([names[at] for at in few], 16), rotation=30, ha="right")
     axes.xaxis.set_minor_locator(NullLocator())
 
 
-def _name(label: str) -> str:
-    """The last folder, or a file without what says its kind."""
-    path = Path(label)
-    return (path.stem if path.suffix in _FILES else path.name) or label
+def _broken(steps: Sequence[Drift]) -> str:
+    """Which lines end, and why."""
+    found = {
+        layer: name for step, name in zip(steps, checkpoint_names(steps)[1:], strict=True)
+        for layer, row in step.layers.items() if row["not_finite_after"]
+    }  # fmt: skip
+    if not found:
+        return ""
+    layer, name = next(iter(found.items()))
+    more = f" and {len(found) - 1:,} more" if len(found) > 1 else ""
+    return f"NaN or infinite, and not drawn: {layer} in {name}{more}."
 
 
 def _drawable(value: float) -> bool:
     return math.isfinite(value) and value > 0
-
-
-def _largest_change(steps: Sequence[Drift], layer: str) -> float:
-    found = [step.layers.get(layer, {}).get("relative_change") for step in steps]
-    return max((value for value in found if value is not None), default=0.0)
-
-
-def _norms(steps: Sequence[Drift], layer: str) -> Line:
-    points = _both_sides(steps, layer, "l2_before", "l2_after")
-    first = points[0][1] if points else 0.0
-    return [(at, value / first) for at, value in points] if first else []
-
-
-def _changes(steps: Sequence[Drift], layer: str) -> Line:
-    rows = [(at + 1, step.layers.get(layer, {})) for at, step in enumerate(steps)]
-    found = [(at, row.get("relative_change")) for at, row in rows]
-    return [(at, value) for at, value in found if value is not None]
-
-
-def _conditions(steps: Sequence[Drift], layer: str) -> Line:
-    return _both_sides(steps, layer, "condition_before", "condition_after")
-
-
-def _both_sides(steps: Sequence[Drift], layer: str, before: str, after: str) -> Line:
-    found: dict[int, Any] = {}
-    for at, step in enumerate(steps):
-        row = step.layers.get(layer, {})
-        found.setdefault(at, row.get(before))
-        found[at + 1] = row.get(after)
-    return [(at, value) for at, value in found.items() if value is not None]

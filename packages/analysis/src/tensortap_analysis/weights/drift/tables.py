@@ -9,7 +9,9 @@ from typing import Any
 from rich.table import Table
 
 from tensortap_analysis.weights.command.tables import general, issue_line, shown
+from tensortap_analysis.weights.drift.alerts import together
 from tensortap_analysis.weights.drift.tracking import Drift
+from tensortap_analysis.weights.drift.trend import layers_of
 from tensortap_analysis.weights.health import Issue
 
 
@@ -47,7 +49,7 @@ def trend_table(steps: Sequence[Drift], limit: int) -> Table:
     for step in range(len(steps)):
         table.add_column(f"{step + 1}", justify="right", no_wrap=True)
     table.add_column("norm in all", justify="right", no_wrap=True)
-    layers = list(dict.fromkeys(layer for step in steps for layer in step.layers))
+    layers = layers_of(steps)
     for layer in layers[: limit or None]:
         rows = [step.layers.get(layer, {}) for step in steps]
         cells = [_cell(row, "relative_change", _percent) for row in rows]
@@ -77,11 +79,8 @@ def _cell(row: Any, metric: str, show: Callable[[Any], str]) -> str:
 
 
 def alert_lines(issues: Sequence[Issue], limit: int) -> Iterator[str]:
-    """The worst first, with cause and remedy; what holds of several is one line. Rich markup."""
-    groups: dict[tuple[str, str, str], list[Issue]] = {}
-    for issue in issues:
-        groups.setdefault((issue.severity, issue.cause, issue.remedy), []).append(issue)
-    lines = [issue_line(some[0], len(some) - 1) for some in groups.values()]
+    """The worst first, with cause and remedy; rich markup."""
+    lines = [issue_line(issue, others) for issue, others in together(issues)]
     yield from lines[: limit or None]
     if limit and len(lines) > limit:
         yield f"  … and {len(lines) - limit:,} more: raise --limit."

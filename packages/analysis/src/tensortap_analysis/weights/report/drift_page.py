@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,18 +22,24 @@ from tensortap_analysis.report.figures import (
     logarithmic,
     short,
     top,
-    whole,
 )
 from tensortap_analysis.report.markup import Html, join, listing, tag
 from tensortap_analysis.report.searching import Column, searched
 from tensortap_analysis.report.shell import document
+from tensortap_analysis.weights.drift.alerts import together
 from tensortap_analysis.weights.drift.notices import notices
 from tensortap_analysis.weights.drift.tracking import Drift
+from tensortap_analysis.weights.drift.trend import (
+    checkpoint_names,
+    layers_of,
+    most_changed,
+    norms,
+)
 from tensortap_analysis.weights.health import SEVERITIES, Issue
 from tensortap_analysis.weights.report.page import target
 from tensortap_analysis.weights.report.sections import cards, issue_table, sentence
 
-_LAYERS, _LINES, _ROWS, _LEFT = 300, 120, 20_000, 40
+_LAYERS, _LINES, _ROWS, _LEFT, _NAMES = 300, 120, 20_000, 40, 12
 _COLUMNS: tuple[Column, ...] = (
     ("layer", "layer", "The module's path"),
     ("step", "step", "From one checkpoint to the next"),
@@ -56,7 +63,7 @@ def write_drift_report(
     cannot be written.
     """
     path = target(out)
-    layers = list(dict.fromkeys(layer for step in steps for layer in step.layers))
+    layers = layers_of(steps)
     sections = {
         "summary": ("Summary", _summary(steps, issues, len(layers))),
         "alerts": ("Alerts", _alerts(steps, issues)),
@@ -92,11 +99,15 @@ def _summary(steps: Sequence[Drift], issues: Sequence[Sequence[Issue]], layers: 
 def _alerts(steps: Sequence[Drift], issues: Sequence[Sequence[Issue]]) -> Html:
     headings = [f"{step.before} → {step.after}" for step in steps] + ["Over all steps"]
     parts = [
-        join((tag("h3", heading), issue_table(some)))
+        join((tag("h3", heading), issue_table([_named(*one) for one in together(some)])))
         for heading, some in zip(headings, issues, strict=True)
         if some
     ]
     return join(parts) if parts else tag("p", "Nothing is odd, by these rules.")
+
+
+def _named(issue: Issue, others: int) -> Issue:
+    return replace(issue, layer=f"{issue.layer} and {others:,} more") if others else issue
 
 
 def _charts(steps: Sequence[Drift], layers: Sequence[str]) -> Iterator[Chart]:
@@ -109,22 +120,23 @@ def _changes(steps: Sequence[Drift], layers: Sequence[str]) -> Chart | None:
         layer: [step.layers.get(layer, {}).get("relative_change") for step in steps]
         for layer in layers
     }
-    most = sorted(changes, key=lambda layer: -max(x or 0.0 for x in changes[layer]))[:_LAYERS]
-    rows = {layer: changes[layer] for layer in layers if layer in set(most)}
+    most = set(most_changed(steps, layers)[:_LAYERS])
+    rows = {layer: changes[layer] for layer in layers if layer in most}
     if not any(value for row in rows.values() for value in row):
         return None
+    names = checkpoint_names(steps)[1:]
     trace = go.Heatmap(
-        z=[[math.log10(x) if x else None for x in row] for row in rows.values()],
+        z=[[math.log10(x) if x and x < math.inf else None for x in row] for row in rows.values()],
         x=list(range(1, len(steps) + 1)), y=hover(rows), colorscale=SCALE, hoverinfo="text",
         hovertext=[
-            hover(f"{layer}\nstep {at}: changed by {short(x)}" for at, x in enumerate(row, start=1))
+            hover(f"{layer}\n{name}: {_went(x)}" for name, x in zip(names, row, strict=True))
             for layer, row in rows.items()
         ],
         xgap=1, ygap=1, colorbar={"title": {"text": "log10 change", "side": "right"}},
     )  # fmt: skip
     left = f" The {_LAYERS} that changed most." if len(layers) > _LAYERS else ""
     drawing = figure(
-        [trace], "step", "", height=120 + 14 * len(rows), xaxis=whole(range(1, len(steps) + 1)),
+        [trace], "to checkpoint", "", height=120 + 14 * len(rows), xaxis=_ticks(names, 1),
         yaxis={"autorange": "reversed", "tickfont": {"size": 10}, "dtick": 1},
     )  # fmt: skip
     says = f"||after - before|| / ||before|| of each weight at each step.{left}"
@@ -132,31 +144,38 @@ def _changes(steps: Sequence[Drift], layers: Sequence[str]) -> Chart | None:
 
 
 def _norms(steps: Sequence[Drift], layers: Sequence[str]) -> Chart | None:
-    """Norms over the first, by checkpoint; those that end farthest from where they began."""
-    rows = {}
-    for layer in layers:
-        found = [step.layers.get(layer, {}) for step in steps]
-        first = found[0].get("l2_before")
-        if first and all(row.get("l2_after") is not None for row in found):
-            rows[layer] = [1.0, *(row["l2_after"] / first for row in found)]
+    """Norms over the first, by checkpoint; those that went farthest."""
+    lines = {layer: norms(steps, layer) for layer in layers}
+    rows = {layer: line for layer, line in lines.items() if line}
     if not rows:
         return None
-    far = sorted(rows, key=lambda layer: -_apart(rows[layer][-1]))[:_LINES]
-    infinity = top(value for row in rows.values() for value in row)
+    far = sorted(rows, key=lambda layer: -max(_apart(ratio) for _, ratio in rows[layer]))[:_LINES]
+    infinity = top(value for row in rows.values() for _, value in row)
+    names = checkpoint_names(steps)
     traces = [
         go.Scatter(
-            x=list(range(len(rows[layer]))), y=drawn(rows[layer], infinity), mode="lines+markers",
-            name=hover([layer])[0], line={"width": 1.2}, hoverinfo="text",
-            hovertext=hover(f"{layer}\ncheckpoint {at}: {x:.4g}"
-                            for at, x in enumerate(rows[layer])),
+            x=[at for at, _ in rows[layer]], y=drawn([x for _, x in rows[layer]], infinity),
+            mode="lines+markers", name=hover([layer])[0], line={"width": 1.2}, hoverinfo="text",
+            hovertext=hover(f"{layer}\n{names[at]}: {x:.4g}" for at, x in rows[layer]),
         )
         for layer in far
     ]  # fmt: skip
-    axis = logarithmic(value for layer in far for value in rows[layer])
+    axis = logarithmic(x for layer in far for _, x in rows[layer])
     drawing = figure(traces, "checkpoint", "norm / norm of the first", yaxis=axis,
-                     xaxis=whole(range(len(steps) + 1)), showlegend=False)  # fmt: skip
+                     xaxis=_ticks(names, 0), showlegend=False)  # fmt: skip
     left = f" The {_LINES} that went farthest." if len(rows) > _LINES else ""
-    return Chart("norms", "Norms", f"Frobenius norms over that of the first.{left}", drawing)
+    says = f"Frobenius norms over that of the first checkpoint where it is not 0.{left}"
+    return Chart("norms", "Norms", says, drawing)
+
+
+def _ticks(names: Sequence[str], first: int) -> dict[str, Any]:
+    """An axis of checkpoints, of which not more are named than there is room for."""
+    few = range(0, len(names), max(1, len(names) // _NAMES))
+    return {"tickvals": [first + at for at in few], "ticktext": hover(names[at] for at in few)}
+
+
+def _went(change: float | None) -> str:
+    return "from 0" if change == math.inf else f"changed by {short(change)}"
 
 
 def _apart(ratio: float) -> float:
