@@ -81,9 +81,9 @@ def show(
         records = opened.records(select, step=step, rank=rank)
         shown = list(islice(records, limit or None))
         if not shown:
-            raise RunError(
-                f"{run} has no such record at step {step}; its steps are {opened.steps}."
-            )
+            at = "" if step is None else f" at step {step}"
+            of = "" if rank is None else f" of rank {rank}"
+            raise RunError(f"{run} has no such record{at}{of}; its steps are {opened.steps}.")
         more = sum(1 for _ in records)
         parts = _selected_parts(opened, select)
         _warn_of_dead(opened, select)

@@ -23,6 +23,7 @@ from tensortap.names import PHASES, TensorName
 from tensortap.records import Coordinates, RunInfo, Statistics, TensorRecord
 from tensortap.sinks import MemorySink, TensorSink
 from tensortap.stats import statistics
+from tensortap.store.dtypes import dtype_name
 from tensortap.tap import attach
 from tensortap.walk import tensors_in
 
@@ -35,7 +36,7 @@ def example_record(seq: int, tensor: torch.Tensor | None = None, *, step: int = 
         native="model.layers.0.mlp.down_proj",
         at=Coordinates(step=step),
         shape=tuple(shown.shape),
-        dtype=str(shown.dtype).removeprefix("torch."),
+        dtype=dtype_name(shown.dtype),
         device="cpu",
         seq=seq,
         values="stats" if tensor is None else "full",

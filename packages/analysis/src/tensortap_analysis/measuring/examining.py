@@ -12,6 +12,7 @@ import torch
 from tensortap import stats
 from tensortap.errors import NotSupported, RunError
 from tensortap.records import Statistics, TensorRecord
+from tensortap.store.dtypes import dtype_name
 from tensortap.store.logical import LogicalTensor
 from tensortap_analysis.captured.moments import Catalogue, Moment
 from tensortap_analysis.measuring.bounds import bounds_of, said
@@ -105,7 +106,7 @@ def blocks(
 
 
 def _half(tensor: LogicalTensor) -> Half:
-    return _alike(tensor.shape, str(tensor.dtype).removeprefix("torch."), tensor.dims)
+    return _alike(tensor.shape, dtype_name(tensor.dtype), tensor.dims)
 
 
 def _sample(match: Match, order: int, ref: Catalogue, other: Catalogue) -> Pair | None:

@@ -41,11 +41,6 @@ def tensor(values: Array, dtype: object) -> torch.Tensor:
     return narrow if exact else found
 
 
-def dtype_of(tensor: torch.Tensor) -> str:
-    """`bfloat16`."""
-    return str(tensor.dtype).removeprefix("torch.")
-
-
 def described(tensor: torch.Tensor) -> dict[str, Any]:
     """Shape, the first ten values, mean, std (population), min and max, as plain JSON."""
     stats = statistics(tensor)

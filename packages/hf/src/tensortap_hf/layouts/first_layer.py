@@ -24,6 +24,7 @@ from tensortap.layouts import Moved, Progress
 from tensortap.selection import Selection
 from tensortap.sinks import TensorSink
 from tensortap.store import Run
+from tensortap.store.dtypes import dtype_name
 from tensortap_hf.layouts import arrays
 from tensortap_hf.layouts.exported import Told, require, samples
 from tensortap_hf.layouts.imported import UNKNOWN, OldRun, by_sample, json_of
@@ -90,7 +91,9 @@ def statistics(seen: Sequence[FirstLayer], about: About) -> dict[str, Any]:
         "family": {one.mode: one.family for one in seen},
         "basis": {one.mode: one.basis for one in seen},
         "format": {one.mode: one.format for one in seen},
-        "dtypes": {one.mode: [arrays.dtype_of(t) for t in (one.input, one.output)] for one in seen},
+        "dtypes": {
+            one.mode: [dtype_name(t.dtype) for t in (one.input, one.output)] for one in seen
+        },
         "note": NOTE,
     }
 

@@ -20,6 +20,7 @@ from tensortap.records import Coordinates, RunInfo, TensorRecord
 from tensortap.sinks import CoverageSink, TensorSink
 from tensortap.stats import statistics
 from tensortap.store import RunDirectorySink
+from tensortap.store.dtypes import dtype_name
 
 UNKNOWN = "unknown"
 """The basis of older files, which do not say in which they are."""
@@ -91,7 +92,7 @@ def _record(name: str, values: torch.Tensor, step: int, seq: int) -> TensorRecor
         native="",
         at=Coordinates(step=step),
         shape=tuple(values.shape),
-        dtype=str(values.dtype).removeprefix("torch."),
+        dtype=dtype_name(values.dtype),
         device="cpu",
         seq=seq,
         values="full",

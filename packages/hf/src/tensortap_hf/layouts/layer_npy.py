@@ -20,6 +20,7 @@ from tensortap.layouts import Moved, Progress
 from tensortap.selection import Selection
 from tensortap.sinks import TensorSink
 from tensortap.store import Run
+from tensortap.store.dtypes import dtype_name
 from tensortap_hf.layouts import arrays
 from tensortap_hf.layouts.exported import Told, require, samples
 from tensortap_hf.layouts.imported import UNKNOWN, OldRun, by_sample, json_of, write
@@ -58,7 +59,7 @@ class LayerNpy:
                 np.save(out / f"mode_{mode}_layer_{layer}{suffix}.npy", arrays.array(values))
                 said = {
                     "tensor": name,
-                    "dtype": arrays.dtype_of(values),
+                    "dtype": dtype_name(values.dtype),
                     **arrays.described(values),
                 }
                 layers[f"{layer}{suffix}"] = {**said, "samples": 1 if suffix else len(found)}
