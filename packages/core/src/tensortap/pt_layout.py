@@ -14,10 +14,10 @@ import torch
 
 from tensortap.coverage import Coverage
 from tensortap.errors import RunError
-from tensortap.layouts import Moved, Progress, new_folder, sinks_of_ranks
+from tensortap.layouts import Moved, Progress, filling, new_folder, sinks_of_ranks
 from tensortap.records import RunInfo, TensorRecord
 from tensortap.sinks import CoverageSink, TensorSink
-from tensortap.store import Run, RunDirectorySink
+from tensortap.store import Run
 from tensortap.store.codec import decode_record, encode_record, payload_shape
 from tensortap.store.documents import decode_info, encode_document, encode_info, read_document
 from tensortap.store.dtypes import dtype_name
@@ -96,8 +96,7 @@ def _fill(
     coverage, steps = Coverage(), set()
     for path, why in broken.items():
         coverage.gap(path.name, why)
-    sink.open(info)
-    try:
+    with filling(sink, info):
         for path in files:
             record, tensor = _read(path)
             sink.write(record, tensor)
@@ -108,12 +107,6 @@ def _fill(
             sink.end_step(step)
         if isinstance(sink, CoverageSink):
             sink.cover(coverage.report(steps=len(steps)))
-    except BaseException as failure:
-        if isinstance(sink, RunDirectorySink):
-            sink.mark_incomplete(f"the import stopped: {failure}")
-        raise
-    finally:
-        sink.close()
     return done
 
 
