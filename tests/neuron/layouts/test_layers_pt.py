@@ -411,6 +411,19 @@ def test_padding_that_only_the_placement_knows_becomes_a_mask(tmp_path: Path) ->
     assert read(tmp_path / "out" / "metadata.pt")["attention_mask"].tolist() == [[1, 1, 1, 0, 0]]
 
 
+def test_torch_before_2_6_says_what_it_does_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = old_folder(tmp_path)
+    monkeypatch.delattr(torch.serialization, "get_unsafe_globals_in_checkpoint")
+    sink, moved = in_memory(folder)
+    assert len(sink.records) == 4
+    assert moved.skipped == (
+        "metadata.pt: cannot be read: it holds objects that only code could rebuild, and code in a "
+        "file is never run",
+    )
+
+
 def test_metadata_of_a_generous_size_is_refused_before_it_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

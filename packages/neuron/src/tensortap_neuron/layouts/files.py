@@ -36,7 +36,7 @@ class Inert:
 
 def read_tensor(path: Path) -> torch.Tensor:
     """The tensor in a file, mapped where the file allows it; raises `RunError` naming the file."""
-    found = _loaded(path, nullcontext())
+    found = _loaded(path, objects=False)
     if not isinstance(found, torch.Tensor):
         raise _broken(path, f"it holds a {type(found).__name__}, not a tensor")
     if found.layout != torch.strided or found.is_quantized or found.device.type != "cpu":
@@ -51,39 +51,34 @@ def read_objects(path: Path) -> Mapping[str, Any]:
 
     Raises `RunError` naming the file. Before torch 2.6 a file with such objects is refused.
     """
-    _require_regular(path)
-    try:
-        found = _loaded(path, _inert(path))
-    except (RuntimeError, ValueError, zipfile.BadZipFile) as failure:
-        raise _broken(path, failure) from failure
+    found = _loaded(path, objects=True)
     if not isinstance(found, dict):
         raise _broken(path, f"it holds a {type(found).__name__}, not a dictionary")
     return {str(key): value for key, value in found.items()}
 
 
-def _inert(path: Path) -> AbstractContextManager[Any]:
-    """Lets the classes that a file names be `Inert` while it is read."""
-    unsafe: Any = getattr(torch.serialization, "get_unsafe_globals_in_checkpoint", None)
-    allow: Any = getattr(torch.serialization, "safe_globals", None)
-    if unsafe is None or allow is None or torch.__version__.split(".")[:2] == ["2", "5"]:
-        return nullcontext()
-    if not zipfile.is_zipfile(path):
-        return nullcontext()
-    names = unsafe(path)
-    return allow([(Inert, name) for name in names])  # type: ignore[no-any-return]
-
-
-def _loaded(path: Path, allowed: AbstractContextManager[Any]) -> Any:
+def _loaded(path: Path, *, objects: bool) -> Any:
+    """What a file holds; `objects`: also of classes that torch refuses, as `Inert`."""
     _require_regular(path)
     try:
         mapped = zipfile.is_zipfile(path)
         _require_small_pickle(path, mapped)
+        allowed = _inert(path) if objects and mapped else nullcontext()
         with allowed, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's advice is for whoever wrote the file.
             return torch.load(path, weights_only=True, map_location="cpu", mmap=mapped)
     except Exception as failure:
         # Whatever a hostile or damaged file makes torch raise, it is this file that is wrong.
         raise _broken(path, failure) from failure
+
+
+def _inert(path: Path) -> AbstractContextManager[Any]:
+    """Lets the classes that a file names be `Inert` while it is read."""
+    unsafe: Any = getattr(torch.serialization, "get_unsafe_globals_in_checkpoint", None)
+    allow: Any = getattr(torch.serialization, "safe_globals", None)
+    if unsafe is None or allow is None or torch.__version__.startswith("2.5."):
+        return nullcontext()  # torch 2.5 allows classes by themselves only, not by a name.
+    return allow([(Inert, name) for name in unsafe(path)])  # type: ignore[no-any-return]
 
 
 def _require_regular(path: Path) -> None:
