@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any, Literal
@@ -39,7 +39,7 @@ class Equality:
 
 def equalities(runs: Sequence[ModeRun]) -> list[Equality]:
     """Pairs of runs that are equal in every output both have, or declare to be."""
-    digests = [_digests(one.run, "*/forward/output") for one in runs]
+    digests = [_digests(one.run, lambda name: name.endswith("/forward/output")) for one in runs]
     found = []
     for (one, mine), (other, theirs) in combinations(zip(runs, digests, strict=True), 2):
         common = [key for key in mine if key in theirs]
@@ -92,14 +92,14 @@ def groups(runs: Sequence[ModeRun], name: str) -> list[list[str]]:
     """Names of runs, those together whose tensor `name` is bitwise equal in every sample."""
     found: dict[tuple[Any, ...], list[str]] = {}
     for one in runs:
-        digests = _digests(one.run, name)
+        digests = _digests(one.run, lambda known: known == name)
         found.setdefault(tuple(sorted(digests.items())), []).append(one.name)
     return list(found.values())
 
 
-def _digests(run: Run, select: str) -> Digests:
+def _digests(run: Run, is_wanted: Callable[[str], bool]) -> Digests:
     """Digests of all payloads of these names; `{}` where a run has none of them."""
-    wanted = [name for name in run.names() if _matches(select, name)]
+    wanted = list(filter(is_wanted, run.names()))
     if not wanted:
         return {}
     return {
@@ -107,7 +107,3 @@ def _digests(run: Run, select: str) -> Digests:
         for record in run.records(wanted)
         if (at := record.at) and record.payload is not None
     }
-
-
-def _matches(select: str, name: str) -> bool:
-    return name.endswith(select.removeprefix("*")) if select.startswith("*") else name == select

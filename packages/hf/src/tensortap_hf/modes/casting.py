@@ -13,6 +13,9 @@ from tensortap.undo import Undo
 from tensortap_hf import integration, naming
 from tensortap_hf.modes.registry import Changes
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""The modes of floats, in every family that has them."""
+
 KEPT = "transformers keeps it in float32"
 
 

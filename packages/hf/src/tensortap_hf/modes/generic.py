@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from tensortap import formats
 from tensortap.errors import NotSupported
 from tensortap.formats import Codec
+from tensortap.store.dtypes import dtype_name
 from tensortap.undo import Undo
 from tensortap_hf import integration, quamba_model
 from tensortap_hf.modes import casting, linears
@@ -22,7 +22,6 @@ _GRIDS = {
     "mxfp4": ("E2M1 in blocks of 32", {}),
     "nvfp4": ("E2M1 in blocks of 16, E4M3 scales", {}),
 }
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def refuse(model: nn.Module) -> str | None:
@@ -50,7 +49,7 @@ def quantization_method(model: nn.Module) -> str | None:
 def _casting(name: str) -> Apply:
     def apply(model: nn.Module, undo: Undo, options: Options) -> Changes:
         _refuse_quantized(model)
-        return casting.cast(model, undo, _DTYPES[name])
+        return casting.cast(model, undo, casting.DTYPES[name])
 
     return apply
 
@@ -76,8 +75,7 @@ def _refuse_quantized(model: nn.Module) -> None:
         )
 
 
-_QUANTISING = tuple(_GRIDS)
-_EVERY = (*_DTYPES, *_QUANTISING)
+_EVERY = (*casting.DTYPES, *_GRIDS)
 
 FAMILY = Family(
     "generic",
@@ -96,11 +94,11 @@ MODES = (
         Mode(
             name,
             "generic",
-            f"all weights and products in {str(dtype)[6:]}",
+            f"all weights and products in {dtype_name(dtype)}",
             _casting(name),
             format=name if name in formats.names() else None,
         )
-        for name, dtype in _DTYPES.items()
+        for name, dtype in casting.DTYPES.items()
     ),
     *(
         Mode(

@@ -19,8 +19,6 @@ from tensortap_hf import mixer
 from tensortap_hf.quamba.integers import Codes, OnGrid, Value
 from tensortap_hf.quamba.states import States
 
-LINEARS = ("in_proj", "x_proj", "dt_proj", "out_proj")
-
 _LAST = "batch seq channel"
 _SITES: Mapping[str, Mapping[str, str]] = {
     "conv": {"input": "batch channel seq", "output": "batch channel seq"},

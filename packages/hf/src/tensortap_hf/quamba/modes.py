@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from tensortap.errors import ConfigError
 from tensortap.selection import Selection
+from tensortap.store.dtypes import dtype_name
 from tensortap.undo import Undo
 from tensortap_hf.fingerprint import fingerprint
+from tensortap_hf.modes.casting import DTYPES
 from tensortap_hf.modes.registry import Apply, Changes, Family, Mode, Options
 from tensortap_hf.quamba import editing, rotation
 from tensortap_hf.quamba.calibration import calibrate, observe
@@ -21,7 +22,6 @@ from tensortap_hf.quamba.parts import Parts, is_mamba, parts, refusal
 from tensortap_hf.quamba.scales import Scales
 from tensortap_hf.quamba.variants import VARIANTS, Variant
 
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _NOT_QUANTISED = "rotated and not quantised, as Quamba leaves it unless asked to"
 _ALL = ("fp32", *(variant.name for variant in VARIANTS))
 
@@ -29,7 +29,7 @@ _ALL = ("fp32", *(variant.name for variant in VARIANTS))
 def _in_floats(name: str) -> Apply:
     def apply(model: nn.Module, undo: Undo, options: Options) -> Changes:
         found = parts(model)
-        editing.to_floats(found, undo, _DTYPES[name])
+        editing.to_floats(found, undo, DTYPES[name])
         for block in found.blocks:
             undo.replace(block.mixer, "forward", FloatForward(block.mixer))
         return Changes((*_rotated(found), "embed", "lm_head"))
@@ -118,12 +118,12 @@ MODES = (
         Mode(
             name,
             "quamba",
-            f"unquantised weights in {str(dtype)[6:]}, sequential scan in float32",
+            f"unquantised weights in {dtype_name(dtype)}, sequential scan in float32",
             _in_floats(name),
             basis="rotated",
             format=None if name == "fp32" else name,
         )
-        for name, dtype in _DTYPES.items()
+        for name, dtype in DTYPES.items()
     ),
     *(
         Mode(

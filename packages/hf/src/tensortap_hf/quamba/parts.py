@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from tensortap.errors import NotSupported
-from tensortap_hf import integration, naming
+from tensortap_hf import naming
+from tensortap_hf.integration import pretrained
 from tensortap_hf.quamba import hadamard
 
 
@@ -49,7 +50,7 @@ def parts(model: nn.Module) -> Parts:
     reason = refusal(model)
     if reason is not None:
         raise NotSupported(reason)
-    [found] = _pretrained(model)
+    [found] = pretrained(model)
     for layer in found.backbone.layers:
         if "forward" in vars(layer.mixer):
             raise NotSupported(
@@ -67,7 +68,7 @@ def parts(model: nn.Module) -> Parts:
 
 def refusal(model: nn.Module) -> str | None:
     """Why Quamba's modes cannot serve a model, as a sentence; `None`: they can."""
-    found = _pretrained(model)
+    found = pretrained(model)
     if len(found) != 1 or "MambaForCausalLM" not in _classes(found[0]):
         held = ", ".join(type(one).__name__ for one in found) or type(model).__name__
         return (
@@ -87,7 +88,7 @@ def refusal(model: nn.Module) -> str | None:
 def is_mamba(model: nn.Module) -> bool:
     """Is this a Mamba of some kind, of which one may think that Quamba has modes for it?"""
     kinds = {"MambaForCausalLM", *_SCOPE}
-    return any(kinds.intersection(_classes(one)) for one in _pretrained(model))
+    return any(kinds.intersection(_classes(one)) for one in pretrained(model))
 
 
 _SCOPE = {
@@ -95,10 +96,6 @@ _SCOPE = {
     "that is not emulated.",
     "FalconMambaForCausalLM": "Quamba has no norms of dt, B and C.",
 }
-
-
-def _pretrained(model: nn.Module) -> list[Any]:
-    return integration.pretrained(model)
 
 
 def _classes(model: nn.Module) -> list[str]:
