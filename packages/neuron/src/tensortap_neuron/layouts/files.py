@@ -100,9 +100,13 @@ def _require_small_pickle(path: Path, zipped: bool) -> None:
 
 def _broken(path: Path, failure: object) -> RunError:
     reason = str(failure).partition("\n")[0].strip()[:200] or type(failure).__name__
-    if "Weights only load failed" in reason:
-        reason = "it holds objects that only code could rebuild, and code in a file is never run"
+    if isinstance(failure, EOFError) or "Weights only load failed" in reason:
+        reason = _OBJECTS if " global" in str(failure).lower() else _DAMAGED
     return RunError(f"{path} cannot be read: {reason.rstrip('.')}.")
+
+
+_OBJECTS = "it holds objects that only code could rebuild, and code in a file is never run"
+_DAMAGED = "it is damaged, or no file of torch.save"
 
 
 def read_json(path: Path) -> dict[str, Any]:
