@@ -99,6 +99,12 @@ def test_the_lists_of_nxdi_by_submodel_are_taken_as_they_are():
     assert capture.modules == ("layers.0", "layers.0.router", "layers.0.fused")
 
 
+def test_paths_of_a_hugging_face_model_are_those_of_nxdi_without_model_in_front():
+    capture = traced.prepare(huggingface(), "layers.1/forward/output,embed/forward/output")
+    assert capture.nxd_options()["modules_to_capture"] == ["model.embed_tokens", "model.layers.1"]
+    assert capture.nxdi_options()["modules_to_capture"] == ["embed_tokens", "layers.1"]
+
+
 def test_a_checkpoint_folder_does(tmp_path):
     tiny_config().save_pretrained(tmp_path)
     assert traced.prepare(tmp_path).modules == traced.prepare(huggingface().config).modules

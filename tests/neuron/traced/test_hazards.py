@@ -269,6 +269,21 @@ def test_a_failing_sink_never_reaches_the_generate_loop(monkeypatch, tmp_path):
             started.generate(IDS, hook)
 
 
+class FullAtTheEnd(tensortap.MemorySink):
+    def close(self):
+        super().close()
+        raise CaptureError("The shard could not be finished.")
+
+
+def test_a_sink_that_fails_to_close_is_said_like_any_other_failure():
+    with pytest.warns(CaptureWarning, match="could not be finished"):
+        with prepared("embed").hook(FullAtTheEnd()) as hook:
+            hook(app(), [torch.rand(1, 8, 4)])
+    with pytest.raises(CaptureError, match="could not be finished"):
+        with prepared("embed").hook(FullAtTheEnd(), on_error="raise") as hook:
+            hook(app(), [torch.rand(1, 8, 4)])
+
+
 def test_a_hook_that_never_gets_anything_is_an_error_that_says_why(monkeypatch, tmp_path):
     """`output_logits=True` without sampling on the device drops captures without a word."""
     model = huggingface()
@@ -305,6 +320,14 @@ def test_only_what_is_selected_of_steps_names_and_values_is_written():
     with pytest.raises(CaptureError, match="there were 1 steps"):
         with capture.hook(tensortap.MemorySink(), steps="5") as hook:
             hook(app(), [torch.rand(1, 8, 4)] * 5)
+
+
+def test_the_bucket_is_known_from_what_is_not_written_too():
+    sink = tensortap.MemorySink()
+    with prepared("layers.0", "lm_head").hook(sink, select="lm_head/forward/output") as hook:
+        hook.inputs(app(), PROMPT)
+        hook(app(), [torch.rand(1, 8, 4), torch.rand(1, 1, 9)])
+    assert [record.native for record in sink.records] == ["lm_head (cte, bucket 8)"]
 
 
 def test_a_step_can_be_ended_by_hand():

@@ -79,6 +79,33 @@ def test_a_model_inside_of_an_application_has_the_names_of_the_model():
     assert "context_encoding_model" in names
 
 
+class Adapter(nn.Module):
+    """HuggingFaceGenerationAdapter around an application: each token is a forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.neuron_model = Flat()
+
+    @torch.no_grad()
+    def generate(self, ids, tokens):
+        for _ in range(tokens):
+            ids = torch.cat([ids, self(ids)[:, -1:].argmax(-1)], 1)
+        return ids
+
+    def forward(self, ids):
+        return self.neuron_model(ids)
+
+
+def test_generating_on_the_cpu_is_a_step_with_a_microbatch_for_each_token():
+    sink, adapter = tensortap.MemorySink(), Adapter()
+    with tensortap.attach(adapter, sink, select="layers.1/forward/output"):
+        adapter.generate(torch.tensor([[3, 1]]), 3)
+        adapter.generate(torch.tensor([[4]]), 1)
+    moments = [(record.at.step, record.at.microbatch) for record in sink.records]
+    assert moments == [(0, 0), (0, 1), (0, 2), (1, 0)]
+    assert "generate" not in vars(adapter)
+
+
 def test_a_model_without_parallel_layers_is_refused_with_a_sentence():
     assert "no parallel layer" in Nxd().refuse(nn.Linear(2, 2))
 

@@ -75,11 +75,12 @@ class Capture:
     def nxdi_options(self) -> dict[str, Any]:
         """Keyword arguments of NxDI's `TensorCaptureConfig`.
 
-        That adds one to `max_intermediate_tensors` itself for the experts' indices.
+        That adds one to `max_intermediate_tensors` itself for the experts' indices. Paths are
+        those of NxDI's models, which have no `model.` in front.
         """
         room = self.max_tensors
         return {
-            "modules_to_capture": list(self.modules),
+            "modules_to_capture": [path.removeprefix("model.") for path in self.modules],
             "max_intermediate_tensors": room - 1 or None if room and self.moe else room,
             "auto_capture_moe_tensors": self.moe,
             "capture_inputs": self.inputs,

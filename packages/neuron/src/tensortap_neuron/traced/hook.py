@@ -7,25 +7,24 @@ import itertools
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
 import torch
 
-from tensortap.capture import SAMPLE
 from tensortap.config import Settings
 from tensortap.coverage import Coverage
 from tensortap.destination import destination
-from tensortap.errors import CaptureError, CaptureWarning, ConfigError, NotSupported
-from tensortap.records import Coordinates, TensorRecord, Values
+from tensortap.errors import CaptureError, CaptureWarning, ConfigError
+from tensortap.records import Values
 from tensortap.selection import Selection
 from tensortap.sinks import CoverageSink, PayloadSink, TensorSink
-from tensortap.stats import statistics
 from tensortap_neuron.traced.capture import Capture
 from tensortap_neuron.traced.described import configured, problem
-from tensortap_neuron.traced.fitting import Fitted, fit
+from tensortap_neuron.traced.fitting import fit
 from tensortap_neuron.traced.forwards import Forward, Forwards
-from tensortap_neuron.traced.placing import on_stream
+from tensortap_neuron.traced.recording import measured, record_of, remark, where
 from tensortap_neuron.traced.returned import Came, sort_out
 from tensortap_neuron.traced.running import describe_traced
 
@@ -157,93 +156,61 @@ class TracedHook:
 
     @torch.no_grad()
     def _take(self, captured: Any) -> None:
-        came = [one for one in sort_out(self.capture, captured) if self._selected(one)]
+        came = sort_out(self.capture, captured)
         before = self._forwards.step
-        forward = self._forwards.begin(*_measured(self.capture, came))
+        forward = self._forwards.begin(*measured(came, self._facts))
         if forward.step != before and before in self.settings.steps and before >= 0:
             self._sink.end_step(before)
         if forward.step not in self.settings.steps:
             return
         self._seen.append(forward.described())
-        self._note_padding(forward)
-        for one in came:
+        note = remark(forward)
+        if note is not None:
+            self.coverage.note("root", note)
+        for one in filter(self._selected, came):
             self._write(one, forward)
 
     def _selected(self, one: Came) -> bool:
-        by_hand = not one.path
-        return by_hand or self._select.matches(str(one.name))
+        """By its name; what was named for this capture alone always is."""
+        return not one.path or self._select.matches(str(one.name))
 
     def _write(self, one: Came, forward: Forward) -> None:
         """Bring one tensor to the host, cut its padding, and hand it to the sink."""
         fitted = fit(one, forward, self._facts)
         if isinstance(fitted, str):
-            self.coverage.gap(str(one.name), f"{fitted} ({_where(forward)})")
+            self.coverage.gap(str(one.name), f"{fitted} ({where(forward)})")
             return
         if fitted.note is not None:
             self.coverage.note(str(fitted.name), fitted.note)
-        record, payload = self._record(one, fitted, forward)
+        record, payload = record_of(one, fitted, forward, self.settings, next(self._seq))
         self._sink.write(record, payload)
         self.coverage.captured(str(record.name))
-
-    def _record(
-        self, one: Came, fitted: Fitted, forward: Forward
-    ) -> tuple[TensorRecord, torch.Tensor | None]:
-        values = self.settings.values(str(fitted.name))
-        tensor = fitted.tensor
-        stride = max(1, -(-tensor.numel() // SAMPLE)) if values == "sample" else 1
-        record = TensorRecord(
-            name=fitted.name,
-            native=f"{one.path} ({_where(forward)})" if one.path else _where(forward),
-            at=Coordinates(step=forward.step, microbatch=forward.microbatch),
-            shape=tuple(tensor.shape),
-            dtype=str(tensor.dtype)[6:],
-            device=fitted.device,
-            seq=next(self._seq),
-            values=values,
-            stride=stride,
-            dims=fitted.dims,
-            placement=fitted.placement,
-            stats=_statistics(tensor, exponents=self.settings.exponents),
-        )
-        payload = tensor.reshape(-1)[::stride].contiguous() if values == "sample" else tensor
-        return record, None if values == "stats" else payload
-
-    def _note_padding(self, forward: Forward) -> None:
-        """Say once what could not be known, or cannot be cut."""
-        lengths = None if forward.inputs is None else forward.inputs.lengths
-        if forward.inputs is None and forward.kind == "cte":
-            self.coverage.note("root", _UNKNOWN_LENGTH)
-        elif forward.inputs is not None and forward.kind == "cte" and not forward.inputs.first:
-            self.coverage.note("root", _CHUNK)
-        elif forward.inputs is not None and forward.inputs.left_padded:
-            self.coverage.note("root", "prompts are padded on the left: the padding is not cut")
-        elif lengths and len(set(lengths)) > 1:
-            rows = ", ".join(map(str, lengths))
-            self.coverage.note(
-                "root",
-                f"step {forward.step}: rows of {rows} tokens; the shorter ones are padded to the "
-                "longest. One prompt a forward compares best",
-            )
 
     def _end_step(self) -> None:
         self._forwards.end_step()
 
     def _finish(self) -> None:
-        """Report and close; what fails here is said like any other failure."""
-        try:
-            if self._failure is None and self._forwards.step in self.settings.steps and self._seen:
-                self._sink.end_step(self._forwards.step)
-            if isinstance(self._sink, CoverageSink):
-                report = self.coverage.report(steps=self._forwards.step + 1)
-                self._sink.cover({**report, "forwards": self._seen})
-        except Exception as failure:
-            self._failed_closing(failure)
-        finally:
-            self._sink.close()
+        """End the last step, report and close; what fails is said like any other failure."""
+        with ExitStack() as last_to_first:
+            last_to_first.callback(self._settled, self._sink.close)
+            last_to_first.callback(self._settled, self._report)
+            last_to_first.callback(self._settled, self._end_last)
 
-    def _failed_closing(self, failure: Exception) -> None:
-        if self._failure is None:
-            self._failed(failure)
+    def _settled(self, act: Callable[[], None]) -> None:
+        try:
+            act()
+        except Exception as failure:  # Only the first failure is told.
+            if self._failure is None:
+                self._failed(failure)
+
+    def _end_last(self) -> None:
+        if self._failure is None and self._forwards.step in self.settings.steps and self._seen:
+            self._sink.end_step(self._forwards.step)
+
+    def _report(self) -> None:
+        if isinstance(self._sink, CoverageSink):
+            report = self.coverage.report(steps=self._forwards.step + 1)
+            self._sink.cover({**report, "forwards": self._seen})
 
     def _why_nothing(self) -> str:
         if self._problem is not None:
@@ -271,39 +238,5 @@ class TracedHook:
             warnings.warn(f"tensortap: {failure}", CaptureWarning, stacklevel=2)
 
 
-_UNKNOWN_LENGTH = (
-    "the padding of prompts to their bucket is not cut: nothing said how long they are. "
-    "Pass input_capture_hook=hook.inputs as well (generate(**hook.kwargs))"
-)
-_CHUNK = (
-    "prompts are encoded in chunks, or after a cached prefix: each is a microbatch of the step "
-    "before it, and the padding of its bucket is not cut. Call hook.step() between prompts"
-)
-
-
 def _narrowed(capture: Capture, settings: Settings) -> Selection:
     return settings.select if settings.explicit else Selection.parse(capture.select)
-
-
-def _measured(capture: Capture, came: Sequence[Came]) -> tuple[list[int], int | None]:
-    """Lengths of the sequence axes of what came, and that of the bucket where it is told."""
-    found = {
-        one.path: int(one.value.shape[1])
-        for one in came
-        if one.cause is None and isinstance(one.value, torch.Tensor) and one.value.dim() == 3
-        if one.name.tensor == "output"
-    }
-    stream = [length for path, length in found.items() if on_stream(path)]
-    return list(found.values()), max(stream, default=None)
-
-
-def _where(forward: Forward) -> str:
-    bucket = "" if forward.bucket is None else f", bucket {forward.bucket}"
-    return f"{forward.kind}{bucket}"
-
-
-def _statistics(tensor: torch.Tensor, *, exponents: bool) -> Any:
-    try:
-        return statistics(tensor, exponents=exponents)
-    except NotSupported:  # The values are there all the same.
-        return None

@@ -18,6 +18,7 @@ from tensortap.integration import Observer, PlacementRule, Site
 from tensortap.records import Placement
 from tensortap.undo import Undo
 from tensortap.wrappers import unwrapped_modules
+from tensortap_neuron.traced import generating
 from tensortap_neuron.traced.described import Facts
 from tensortap_neuron.traced.heads import Heads, replicated
 from tensortap_neuron.traced.layers import (
@@ -70,7 +71,8 @@ class Nxd:
     def install(
         self, model: nn.Module, sites: Sequence[Site], observer: Observer, undo: Undo
     ) -> None:
-        """Hooks see all there is."""
+        """Hooks see all there is; `generate` of the adapter around an application is a step."""
+        generating.install(model, observer, undo)
 
     def describe(self, model: nn.Module) -> Mapping[str, Any]:
         """Configuration, the group of tensor parallelism, the version of NxD."""

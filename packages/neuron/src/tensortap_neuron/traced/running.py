@@ -30,6 +30,7 @@ def describe_traced(capture: Capture, settings: Settings) -> RunInfo:
         launch_id=launch_id(1),
         created=datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
         model_class=facts.model_class or facts.model_type or "traced",
+        model_config={"model_type": facts.model_type, "num_hidden_layers": facts.layers},
         parallel={"tp": facts.tp, "tp_rank": 0, "tp_first": 0},
         versions=_versions(),
         settings={
