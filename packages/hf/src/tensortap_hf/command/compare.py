@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tensortap.errors import ConfigError, RunError
+from tensortap.errors import ConfigError, NotSupported, RunError
 from tensortap_hf import modes
-from tensortap_hf.command import comparing, equality, printing, summary
+from tensortap_hf.command import equality, printing, summary
 from tensortap_hf.command.capture import report_equalities
 from tensortap_hf.command.options import AsJson
 from tensortap_hf.command.runs import ModeRun, find, opened
@@ -59,7 +59,7 @@ def compare(
     Everything measured is kept as JSON below DIR/comparisons. Exit code: 0 compared, 1 modes that
     must be bitwise equal are not, or some tensors could not be compared, 2 nothing could be done.
     """
-    comparing.require_analysis()
+    _require_analysis()
     if ladder and (mode or reference):
         given = "--mode" if mode else "--reference"
         raise ConfigError(f"--ladder says by itself what is compared; leave {given} out.")
@@ -67,8 +67,6 @@ def compare(
         wanted = (
             _rungs(runs, folder) if ladder else _against(runs, folder, reference or "fp32", mode)
         )
-        for one, ref in wanted:
-            comparing.require_comparable(ref, one, unrotate=unrotate)
         results = _compared(wanted, unrotate=unrotate)
         inputs = _first_inputs(runs)
         equal = equality.equalities(runs)
@@ -86,6 +84,16 @@ def compare(
         printing.complain(f"{lost.name} could not be compared: {lost.reason}.")
     violated = any(one.kind == "violated" for one in equal)
     raise typer.Exit(1 if violated or missing else 0)
+
+
+def _require_analysis() -> None:
+    """Raise `NotSupported` unless tensortap-analysis, which measures, is installed."""
+    try:
+        import tensortap_analysis  # noqa: F401
+    except ImportError as failure:
+        raise NotSupported(
+            'comparing needs tensortap-analysis: pip install "tensortap[analysis]".'
+        ) from failure
 
 
 Wanted = Sequence[tuple[ModeRun, ModeRun]]
@@ -118,6 +126,12 @@ def _rungs(runs: Sequence[ModeRun], folder: Path) -> Wanted:
 
 
 def _compared(wanted: Wanted, *, unrotate: bool) -> list[Compared]:
+    """Raises `RunError`, before anything is measured, where two modes cannot be compared."""
+    # It needs tensortap-analysis, and this file is loaded for every command of `modes`.
+    from tensortap_hf.command import comparing
+
+    for one, ref in wanted:
+        comparing.require_comparable(ref, one, unrotate=unrotate)
     total = sum(len(ref.run.names()) for _, ref in wanted)
     with printing.progress_of(total, "comparing") as progress:
         return [

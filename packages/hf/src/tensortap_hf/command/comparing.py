@@ -1,33 +1,30 @@
-"""One mode against another: every captured tensor, all samples of it taken together."""
+"""One mode against another: every captured tensor, all samples of it taken together.
+
+Needs tensortap-analysis, which measures; `compare` imports this when it is there.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from tensortap.errors import NotSupported, RunError
+from tensortap.errors import RunError
 from tensortap.records import TensorRecord
+from tensortap_analysis.captured.facts import facts_of
+from tensortap_analysis.captured.moments import Moment
+from tensortap_analysis.comparison.result import Comparison, RunComparison, judged_again
+from tensortap_analysis.metrics import measure
+from tensortap_analysis.pairs.pair import Half, Pair
+from tensortap_analysis.pairs.pairing import Unpaired
+from tensortap_analysis.pairs.reasons import NotComparable, kind_of
 from tensortap_hf import modes
 from tensortap_hf.command.runs import ModeRun
 
-if TYPE_CHECKING:
-    from tensortap_analysis import Comparison, Pair, Unpaired
-
 Progress = Callable[[str], None]
-
-
-def require_analysis() -> None:
-    """Raise unless tensortap-analysis, which measures, is installed."""
-    try:
-        import tensortap_analysis  # noqa: F401
-    except ImportError as failure:
-        raise NotSupported(
-            'comparing needs tensortap-analysis: pip install "tensortap[analysis]".'
-        ) from failure
 
 
 def require_comparable(ref: ModeRun, other: ModeRun, *, unrotate: bool) -> None:
@@ -93,10 +90,6 @@ class Side:
 
 def compare(ref: ModeRun, other: ModeRun, progress: Progress, *, unrotate: bool) -> Comparison:
     """All tensors of `other` against those of `ref`, judged by the preset `classic`."""
-    from tensortap_analysis.captured.facts import facts_of
-    from tensortap_analysis.comparison.result import Comparison, RunComparison, judged_again
-    from tensortap_analysis.pairs.pairing import Unpaired
-
     apart = unrotate and ref.basis != other.basis
     sides = Side(ref, apart), Side(other, apart)
     names, theirs = _in_order(ref), _in_order(other)
@@ -122,9 +115,6 @@ def _in_order(one: ModeRun) -> list[str]:
 
 def _tried(name: str, order: int, ref: Side, other: Side) -> Pair | Unpaired:
     """Both tensors, or why they cannot be compared."""
-    from tensortap_analysis.pairs.pairing import Unpaired
-    from tensortap_analysis.pairs.reasons import NotComparable, kind_of
-
     try:
         return _pair(name, order, ref, other)
     except NotComparable as reason:
@@ -135,10 +125,6 @@ def _tried(name: str, order: int, ref: Side, other: Side) -> Pair | Unpaired:
 
 def _pair(name: str, order: int, ref: Side, other: Side) -> Pair:
     """Both tensors, their samples one after the other; raises `NotComparable`."""
-    from tensortap_analysis.captured.moments import Moment
-    from tensortap_analysis.metrics import measure
-    from tensortap_analysis.pairs.pair import Half, Pair
-
     both = _samples(name, ref, other)
 
     def blocks() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -153,8 +139,6 @@ def _pair(name: str, order: int, ref: Side, other: Side) -> Pair:
 
 def _samples(name: str, ref: Side, other: Side) -> list[tuple[TensorRecord, TensorRecord]]:
     """The records of both, sample by sample; raises `NotComparable`."""
-    from tensortap_analysis.pairs.reasons import NotComparable
-
     obstacle = ref.obstacle(name) or other.obstacle(name)
     if obstacle is not None:
         raise NotComparable(obstacle)
