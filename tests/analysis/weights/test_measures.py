@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -251,3 +253,17 @@ def test_norms_beyond_float64_are_unresolved() -> None:
     assert set(found["norms"]["unresolved"]) == beyond
     assert set(found["spectral"]["unresolved"]) >= {"s_max", "spectral_norm"}
     assert set(found["spectral"]["unresolved"].values()) == {"larger than any number of float64"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_matrix_is_let_go_when_it_is_measured(dtype: torch.dtype) -> None:
+    matrix = stored(gaussian(20, 30), dtype)
+    left = weakref.ref(matrix)
+    gc.collect()
+    gc.disable()
+    try:
+        measure(matrix, dtype, METHODS, Options())
+        del matrix
+        assert left() is None
+    finally:
+        gc.enable()

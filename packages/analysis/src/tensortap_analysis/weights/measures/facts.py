@@ -61,9 +61,11 @@ class Facts:
             return None
         return f"its largest value is {largest:.3g}: scales of formats would be lost"
 
-    @cached_property
     def scaled(self) -> Facts:
-        """The same values times a power of two, so that the largest is about 1, if `extreme`."""
+        """The same values times a power of two, so that the largest is about 1, if `extreme`.
+
+        Not kept: facts that know themselves would keep the matrix.
+        """
         if self.extreme is None:
             return self
         power = -math.frexp(self.statistics.absmax or 1.0)[1]

@@ -19,7 +19,7 @@ import torch
 
 from tensortap_analysis.weights.measures.blas import Doubles, add_gram, eigenvalues
 
-_BYTES, _FEWEST = 1 << 23, 256
+_BYTES, _FEWEST = 1 << 21, 256
 """Of a block in float64, and the rows it has at least: products of fewer are slow."""
 _TRUSTED = 1e-4
 """The relative error of a singular value that is taken from the Gram matrix."""

@@ -28,7 +28,8 @@ def quantization(facts: Facts, options: Options) -> dict[str, Any]:
     if facts.unusable is not None:
         return nothing(_METRICS, facts.unusable)
     wanted = () if facts.extreme else options.formats
-    found = _distribution(facts.scaled) | _rounding(facts.scaled, wanted)
+    near_1 = facts.scaled()
+    found = _distribution(near_1) | _rounding(near_1, wanted)
     found["formats"] = dict.fromkeys(options.formats) | found["formats"]
     reasons = {"kurtosis": "all values are equal"}
     missing = [name for name in _METRICS if found[name] is None]
