@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from tensortap_analysis.weights import Scope
 from tensortap_analysis.weights.drift import Drift, alerts, overall_alerts, track
 from tensortap_analysis.weights.drift.plot import draw_drift
-from tensortap_analysis.weights.drift.trend import conditions, most_changed, norms
+from tensortap_analysis.weights.drift.trend import checkpoint_names, conditions, most_changed, norms
 from tensortap_analysis.weights.health import Issue
 
 CONFIG = GPT2Config(
@@ -187,6 +187,41 @@ def test_a_condition_number_that_matrices_of_the_shape_have_is_no_collapse() -> 
     assert ("weight", "collapse", "critical") in loud(alerts(usual, "classic"))
 
 
+def linear(weight: torch.Tensor) -> nn.Module:
+    found = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    found.weight.data = weight
+    return found
+
+
+@pytest.mark.parametrize(
+    ("gain", "factor", "told"),
+    [(0.2, 5, []), (2.0, 5, ["warning"]), (0.2, 11, ["critical"]), (2.0, 0.3, ["warning"])],
+)
+def test_growth_is_told_where_it_is_far_or_makes_a_layer_large(
+    gain: float, factor: float, told: list[str]
+) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(64, 64) * gain / 8
+    (step,) = drifts([linear(weight), linear(weight * factor)])
+    assert [severity for *_, severity in loud(alerts(step))] == told
+    (classic,) = loud(alerts(step, "classic"))
+    assert classic[2] == ("critical" if factor > 10 else "warning")
+
+
+def test_a_matrix_is_replaced_when_what_it_was_is_gone_not_when_more_was_added() -> None:
+    torch.manual_seed(0)
+    one, two = torch.randn(2, 64, 64) / 40
+    for after, gone in (
+        (one + 3 * two, False),
+        (0.4 * one, False),
+        (two, True),
+        (-one, True),
+        (one[torch.randperm(64)], True),
+    ):
+        (step,) = drifts([linear(one), linear(after)])
+        assert (("weight", "replaced", "warning") in loud(alerts(step))) == gone
+
+
 @pytest.mark.parametrize(
     ("ratio", "stalls"), [(0.99, True), (1.01, True), (0.9899, False), (1.0101, False)]
 )
@@ -214,6 +249,22 @@ def test_pictures_name_what_broke_and_not_what_began(checkpoints: list[nn.Module
         after.get_parameter(f"{broken_too}.weight")[0, 0] = math.nan
     steps = drifts([checkpoints[0], checkpoints[2], after])
     assert most_changed(steps, list(steps[0].layers))[:2] == [broken_too, BIAS]
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (("runs/step1", "runs/step2"), ["step1", "step2"]),
+        (("r/c-1/model.safetensors", "r/c-2/model.safetensors"), ["c-1/model", "c-2/model"]),
+        (("r/1/hf/m.pt", "r/2/hf/m.pt"), ["1/hf/m", "2/hf/m"]),
+        (("same", "same"), ["same", "same"]),
+        (("org/model", "GPT2LMHeadModel"), ["model", "GPT2LMHeadModel"]),
+    ],
+)
+def test_checkpoints_are_named_by_as_much_of_their_path_as_tells_them_apart(
+    labels: tuple[str, str], names: list[str]
+) -> None:
+    assert checkpoint_names([Drift(*labels, {})]) == names
 
 
 def test_a_trend_of_norms_begins_where_there_is_one(checkpoints: list[nn.Module]) -> None:

@@ -79,7 +79,7 @@ def overall_alerts(
 ) -> list[Issue]:
     """Norms that grew or vanished over all steps together, each of which may look harmless.
 
-    Weights grow in training: only those are told that did so unlike most others.
+    Weights grow in training: only those are told that did so unlike most others, and are large.
     """
     limits = limits_of_preset(preset, thresholds or {})
     ways = {
@@ -164,7 +164,7 @@ def _classic(layer: str, row: Row, limits: Limits) -> Iterator[Issue]:
     if row["not_finite_after"] or row["not_finite_before"]:
         yield _not_finite(layer, row)
         return
-    yield from norm_issues(layer, row, limits, vanishing="warning")
+    yield from norm_issues(layer, row, limits, classic=True)
     growth = row.get("condition_growth")
     if growth is not None and growth > limits["condition_growth"]:
         yield _collapse(layer, row, limits["condition_growth"], "critical")
@@ -245,8 +245,7 @@ def _extreme(row: Row, limit: float) -> bool:
 
 def _direction(layer: str, row: Row, limits: Limits) -> Iterator[Issue]:
     cosine, change, row_change = row["cosine"], row["relative_change"], row["row_change_max"]
-    turned = cosine is not None and cosine < limits["cosine"] and (change or 0.0) > 0.5
-    if turned and is_matrix(row) and not beginning(row):
+    if is_matrix(row) and not beginning(row) and _replaced(row, limits["cosine"]):
         cause = f"Its cosine with what it was is {cosine:.3g}: it is another matrix by now."
         remedy = "Was it initialised anew, permuted, or is this another model?"
         excess = 1 + limits["cosine"] - cosine
@@ -257,6 +256,12 @@ def _direction(layer: str, row: Row, limits: Limits) -> Iterator[Issue]:
         remedy = "A token or unit of its own? Look at the gradients of this row."
         limit = limits["row_change"]
         yield Issue(layer, "row", "info", cause, remedy, row_change, limit, row_change / limit)
+
+
+def _replaced(row: Row, limit: float) -> bool:
+    """Is what it was gone, and not only little beside what was added?"""
+    cosine, ratio = row["cosine"], row["l2_norm_ratio"]
+    return cosine is not None and cosine < limit and cosine * ratio < limit
 
 
 def _stall(layer: str, row: Row, limits: Limits) -> Iterator[Issue]:

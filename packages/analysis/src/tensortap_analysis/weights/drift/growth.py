@@ -45,24 +45,25 @@ def _nothing(row: Row) -> float:
     return _OF_A_MATRIX if is_matrix(row) else _OF_A_VECTOR
 
 
-def norm_issues(
-    layer: str, row: Row, limits: Limits, *, vanishing: Severity = "critical"
-) -> Iterator[Issue]:
-    """A norm that is many times what it was, or few; `vanishing`: how bad the latter is at most."""
+def norm_issues(layer: str, row: Row, limits: Limits, *, classic: bool = False) -> Iterator[Issue]:
+    """A norm that is many times what it was, or few.
+
+    Weights grow in training: up to `explosion` times is told where it makes them large, or, in the
+    `classic` way, always. That a norm vanished is a warning there, and critical here.
+    """
     ratio = row["l2_norm_ratio"]
     if ratio is None:
         return
     if not beginning(row):
-        yield from _changed(layer, row, ratio, limits, vanishing)
+        yield from _changed(layer, row, ratio, limits, classic)
     elif ratio > 1:
         yield from _begun(layer, row, ratio, limits)
     elif ratio == 0:
         yield _gone(layer, row, "warning")
 
 
-def _changed(
-    layer: str, row: Row, ratio: float, limits: Limits, vanishing: Severity
-) -> Iterator[Issue]:
+def _changed(layer: str, row: Row, ratio: float, limits: Limits, classic: bool) -> Iterator[Issue]:
+    vanishing: Severity = "warning" if classic else "critical"
     if ratio == 0:
         yield _gone(layer, row, vanishing)
         return
@@ -70,7 +71,8 @@ def _changed(
     far = ratio if grew else 1 / ratio
     severe = far > limits["explosion"]
     limit = limits["explosion" if severe else "ratio"]
-    if far > limit:
+    ordinary = grew and not severe and not classic and row["size_after"] <= limits["large"]
+    if far > limit and not ordinary:
         severity: Severity = "warning" if not severe else "critical" if grew else vanishing
         cause = f"{_whose(row)} is {ratio:.3g} times what it was"
         word, remedy = "explosion" if grew else "vanishing", STOP if severe else WATCH

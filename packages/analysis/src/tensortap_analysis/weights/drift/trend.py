@@ -15,13 +15,17 @@ Line = list[tuple[int, float]]
 
 
 def checkpoint_names(steps: Sequence[Drift]) -> list[str]:
-    """The last folder of each, or its file without what says its kind."""
-    return [_name(one) for one in (steps[0].before, *(step.after for step in steps))]
+    """The ends of their paths that tell them apart, without what says the kind of a file."""
+    paths = [_bare(Path(one)) for one in (steps[0].before, *(step.after for step in steps))]
+    for length in range(1, max(len(path.parts) for path in paths)):
+        names = ["/".join(path.parts[-length:]) for path in paths]
+        if len(set(names)) == len(set(paths)):
+            return names
+    return [str(path) for path in paths]
 
 
-def _name(label: str) -> str:
-    path = Path(label)
-    return (path.stem if path.suffix in _FILES else path.name) or label
+def _bare(path: Path) -> Path:
+    return path.with_suffix("") if path.suffix in _FILES else path
 
 
 def layers_of(steps: Sequence[Drift]) -> list[str]:
