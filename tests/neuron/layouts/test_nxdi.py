@@ -22,10 +22,10 @@ PROMPT = torch.tensor([[5, 9, 33, 12, 7]])
 BUCKET = 16
 
 
-def generate(model: Any, tokens: int = 3) -> None:
+def generate(model: Any, tokens: int = 3, prompt: torch.Tensor = PROMPT) -> None:
     with torch.no_grad():
         model.generate(
-            PROMPT, max_new_tokens=tokens, do_sample=False, pad_token_id=0, eos_token_id=63
+            prompt, max_new_tokens=tokens, do_sample=False, pad_token_id=0, eos_token_id=63
         )
 
 
@@ -123,6 +123,24 @@ def test_padding_stays_when_nobody_says_how_long_the_prompt_is(tmp_path: Path, t
     assert ['add "lengths"' in note["reason"] for note in found["notes"]] == [True]
     with tensortap.open_run(tmp_path / "run") as run:
         assert run.tensor("layers.0/forward/output", padded=False).shape == (1, BUCKET, 32)
+
+
+def test_several_prompts_of_one_application_are_steps(tmp_path: Path, tt: Command) -> None:
+    """NxDI goes on counting, and calls the second prompt token generation."""
+    reference = small_llama()
+    with tensortap.attach(reference, tmp_path / "reference", select="layers.?", values="full"):
+        generate(reference)
+        generate(reference, prompt=PROMPT[:, 1:])
+    model = small_llama()
+    captured(model, tmp_path / "nxdi", ["layers.0", "layers.1"])
+    generate(model)
+    generate(model, prompt=PROMPT[:, 1:])
+    add(tmp_path / "nxdi", lengths=[[5], [4]])
+    words = ["--json", "--select", "layers.?/forward/output"]
+    code, found, _ = tt("compare", tmp_path / "reference", tmp_path / "nxdi", *words)
+    assert (code, found["verdict"]) == (0, "agree")
+    assert (found["runs"][0]["compared"], found["runs"][0]["not_compared"]) == (12, 0)
+    assert "forwards 1, 4 have several positions" in str(load(tmp_path / "nxdi").coverage["notes"])
 
 
 def test_lengths_cut_positions_and_no_other_axis(tmp_path: Path) -> None:
