@@ -7,11 +7,11 @@ from collections.abc import Mapping
 
 import torch
 
-from tensortap.formats import Codec
+from tensortap.formats import Codec, table
 from tensortap_analysis.weights.measures.facts import Facts
 from tensortap_analysis.weights.measures.pieces import witnessed
 from tensortap_analysis.weights.measures.values import Values
-from tensortap_analysis.whatif.rounding import formats_max, scaled_as_a_whole
+from tensortap_analysis.whatif.rounding import scaled_as_a_whole
 
 
 def noises(facts: Facts, codecs: Mapping[str, Codec]) -> dict[str, float]:
@@ -43,7 +43,7 @@ def _noise(codec: Codec, values: Values, shaped: torch.Tensor, unit: float) -> f
     if math.isfinite(noise):
         return noise
     # What overflows counts as the largest value there is.
-    limit = formats_max(codec.name)
+    limit = next(row.max for row in table() if row.name == codec.name)
     noise = _squared_error(values, rounded.nan_to_num(math.nan, limit, -limit), unit)
     return noise if math.isfinite(noise) else math.inf
 
