@@ -217,13 +217,14 @@ class FakeApplication(torch.nn.Module):
 
 
 class HuggingFaceGenerationAdapter:
-    """hf_adapter.py: `prepare_inputs_for_generation`, greedy."""
+    """hf_adapter.py: `generate` starts afresh; `prepare_inputs_for_generation`; greedy."""
 
     def __init__(self, app: FakeApplication) -> None:
         self.app = app
 
     @torch.no_grad()
     def generate(self, input_ids, attention_mask, max_new_tokens, **hooks):
+        self.app.reset()
         mask = attention_mask
         for _ in range(max_new_tokens):
             positions = mask.long().cumsum(-1) - 1

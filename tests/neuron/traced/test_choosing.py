@@ -135,6 +135,22 @@ def test_an_exclusion_that_matches_nothing_is_none():
     assert traced.prepare(CONFIG, "embed,!layers.9").modules == ("embed_tokens",)
 
 
+def test_a_capture_of_nothing_is_an_error():
+    with pytest.raises(SelectionError, match="matches nothing in this model"):
+        traced.prepare(CONFIG, "embed/forward/output,!embed")
+
+
+def test_only_what_is_registered_by_hand_can_be_captured():
+    assert traced.prepare(CONFIG, "a/forward/x", manual=["a/forward/x"]).modules == ()
+    index = "layers.*.mlp.router/forward/expert_index"
+    assert traced.prepare(CONFIG, index, moe=True).nxdi_options() == {
+        "modules_to_capture": [],
+        "max_intermediate_tensors": 1,
+        "auto_capture_moe_tensors": True,
+        "capture_inputs": False,
+    }
+
+
 def test_tensors_registered_by_hand_have_room_and_names():
     capture = traced.prepare(CONFIG, "embed", manual=["layers.0.attn.core/forward/probs"])
     assert capture.nxdi_options()["max_intermediate_tensors"] == 1

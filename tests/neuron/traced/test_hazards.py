@@ -11,7 +11,14 @@ from tests.neuron.traced import fake_nxdi
 from tests.neuron.traced.fake_llama import FakeNeuronLlama, huggingface
 
 import tensortap
-from tensortap.errors import CaptureError, CaptureWarning, ConfigError, RunError, RunExists
+from tensortap.errors import (
+    CaptureError,
+    CaptureWarning,
+    ConfigError,
+    RunError,
+    RunExists,
+    SelectionError,
+)
 from tensortap_analysis import compare
 from tensortap_neuron import traced
 
@@ -346,6 +353,12 @@ def test_a_sample_is_every_nth_value(tmp_path):
         hook(app(), [values])
     [record] = tensortap.open_run(tmp_path / "run").records()
     assert (record.shape, record.values, record.stride) == ((1, 8, 1024), "sample", 2)
+
+
+def test_a_hook_that_selects_nothing_of_its_capture_is_an_error_at_once(tmp_path):
+    with pytest.raises(SelectionError, match="matches nothing in this capture"):
+        prepared("embed").hook(tmp_path / "run", select="lm_head")
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_existing_run_is_refused_before_anything_runs(tmp_path):

@@ -46,7 +46,6 @@ class Application:
         """
         adapter = real(f"{_NXDI}.utils.hf_adapter", "HuggingFaceGenerationAdapter")
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        self.app.reset()  # Else the prompt is taken for the next token of the one before.
         hook.step()
         return adapter(self.app).generate(
             input_ids=input_ids,

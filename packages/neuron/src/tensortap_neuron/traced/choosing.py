@@ -10,7 +10,7 @@ from tensortap.names import TensorName
 from tensortap.selection import Selection, closest
 from tensortap_neuron.traced.capture import Capture
 from tensortap_neuron.traced.described import Described, describe
-from tensortap_neuron.traced.naming import names_of
+from tensortap_neuron.traced.naming import expert_index, names_of
 
 EVERY_LAYER = r"re:(embed|layers\.\d+|final_norm|lm_head)/forward/output"
 """The outputs of the embedding, every decoder layer, the final norm and the head."""
@@ -43,7 +43,12 @@ def prepare(
         raise NotSupported(f"Nothing would be captured: {found.problem}.")
     names = names_of(found.modules)
     chosen = [path for path, name in names.items() if _wanted(selection, name)]
-    _require_matches(selection, found, names, extra=manual)
+    experts = [str(expert_index(layer)) for layer in range(found.facts.layers)] if moe else []
+    _require_matches(selection, found, names, extra=[*manual, *experts])
+    if not (chosen or manual or moe):
+        raise selection.nothing_in(
+            [f"{name}/forward/output" for name in names.values()], "this model"
+        )
     words = {word for path in chosen for word in _words(selection, names[path])}
     return Capture(
         names={path: names[path] for path in chosen},

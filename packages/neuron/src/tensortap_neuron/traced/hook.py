@@ -239,4 +239,11 @@ class TracedHook:
 
 
 def _narrowed(capture: Capture, settings: Settings) -> Selection:
-    return settings.select if settings.explicit else Selection.parse(capture.select)
+    """What is written of what is captured; raises `SelectionError` when that is nothing."""
+    select = settings.select if settings.explicit else Selection.parse(capture.select)
+    words = ("output", "input") if capture.inputs else ("output",)
+    names = [f"{name}/forward/{word}" for name in capture.names.values() for word in words]
+    by_hand = capture.manual or capture.moe
+    if not by_hand and not any(select.matches(name) for name in names):
+        raise select.nothing_in(names, "this capture")
+    return select

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-from tensortap.names import ROOT
+from tensortap.names import ROOT, TensorName
 from tensortap.wrappers import claim
 
 _TOP = {"embed_tokens": "embed", "norm": "final_norm", "lm_head": "lm_head"}
@@ -92,6 +92,12 @@ def _inside(words: list[str]) -> list[str]:
         expert = table is _CONTEXTS["experts"] and names[-1].isdigit()
         table = _MLP if expert else _CONTEXTS.get(names[-1], {})
     return names
+
+
+def expert_index(layer: int | None = None) -> TensorName:
+    """Which experts the tokens of a layer are routed to; `None`: of all layers, as they come."""
+    module = "moe" if layer is None else f"layers.{layer}.mlp.router"
+    return TensorName(module, "forward", "expert_index")
 
 
 def names_of(paths: Iterable[str]) -> dict[str, str]:

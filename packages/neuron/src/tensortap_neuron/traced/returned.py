@@ -17,6 +17,7 @@ import torch
 from tensortap.errors import CaptureError
 from tensortap.names import TensorName, escape
 from tensortap_neuron.traced.capture import Capture
+from tensortap_neuron.traced.naming import expert_index
 
 _FIRST = frozenset({"hidden_states", "input_ids", "inputs_embeds", "x", "input"})
 """First parameters of the modules there are: what is passed so is `input` on every framework."""
@@ -88,7 +89,7 @@ def _by_hand(capture: Capture, values: Sequence[Any]) -> Iterator[Came]:
         cause = _NOT_REGISTERED
         if came:
             cause = f"{len(came)} of {asked} registered tensors came: nothing says which"
-        for one in (*expected, *([Came("", _moe_name())] if capture.moe else [])):
+        for one in (*expected, *([Came("", expert_index())] if capture.moe else [])):
             yield Came("", one.name, None, cause)
         return
     for one, value in zip(expected, came, strict=False):
@@ -99,18 +100,13 @@ def _by_hand(capture: Capture, values: Sequence[Any]) -> Iterator[Came]:
         yield Came("", TensorName("manual", "forward", f"tensor.{number}"), value)
 
 
-def _moe_name(layer: int | None = None) -> TensorName:
-    module = "moe" if layer is None else f"layers.{layer}.mlp.router"
-    return TensorName(module, "forward", "expert_index")
-
-
 def _experts(capture: Capture, stacked: Any) -> Iterator[Came]:
     """The experts' indices, layer by layer where each layer has some; else as they came."""
     if isinstance(stacked, torch.Tensor) and stacked.shape[0] == capture.facts.layers:
         for layer, value in enumerate(stacked):
-            yield Came("", _moe_name(layer), value)
+            yield Came("", expert_index(layer), value)
     else:
-        yield Came("", _moe_name(), stacked)
+        yield Came("", expert_index(), stacked)
 
 
 def _from_registry(capture: Capture, captured: Mapping[str, Any]) -> Iterator[Came]:
