@@ -21,6 +21,9 @@ from tensortap.store.query import Which
 from tensortap.store.rows import EVAL, PAYLOAD, RECOMPUTE, SAMPLE
 from tensortap_analysis.captured.execution import in_order
 
+DETAIL: tuple[Values, ...] = ("stats", "sample", "full")
+"""What a record may hold, the least first."""
+
 
 @dataclass(frozen=True, slots=True)
 class Moment:
@@ -219,7 +222,7 @@ def moments_of(run: Run, names: Collection[str], step: int | None) -> dict[Momen
         known = seen.setdefault(moment, _Seen(order, values))
         if moment.name.split("/")[1] == "grad":  # the last sum of a rank counts
             known.lines = [other for other in known.lines if other[0] != line[0]]
-        known.values = min(known.values, values, key=_DETAIL.index)
+        known.values = min(known.values, values, key=DETAIL.index)
         known.lines.append(line)
     return {
         moment: Captured(run, moment, found.order, found.values, tuple(found.lines))
@@ -236,9 +239,6 @@ def place_of(record: TensorRecord) -> Hashable:
     if placement.unknown:
         return record.at.rank
     return tuple(sorted((axis, tuple(runs)) for axis, runs in placement.segments.items()))
-
-
-_DETAIL: tuple[Values, ...] = ("stats", "sample", "full")
 
 
 def _rows(

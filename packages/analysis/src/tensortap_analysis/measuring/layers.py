@@ -17,6 +17,7 @@ from tensortap_analysis.metrics import change
 from tensortap_analysis.pairs.alignment import align
 from tensortap_analysis.pairs.pair import Pair
 from tensortap_analysis.pairs.pairing import Match
+from tensortap_analysis.rendering import cell
 
 JUMP = 10.0
 """The largest |L_i - L_(i-1)| that is not called a jump, and the largest |mean| that is normal."""
@@ -44,8 +45,8 @@ class Change:
     def __str__(self) -> str:
         return (
             f"{self.before} -> {self.at.name} ({self.at.when}): max |change| "
-            f"{_spelled(self.ref_max)} in REF, {_spelled(self.other_max)} in RUN; mean |change| "
-            f"{_spelled(self.ref_mean)}, {_spelled(self.other_mean)}"
+            f"{cell(self.ref_max)} in REF, {cell(self.other_max)} in RUN; mean |change| "
+            f"{cell(self.ref_mean)}, {cell(self.other_mean)}"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -150,7 +151,3 @@ def _is_activation(pair: Pair) -> bool:
     return pair.ref.dtype.startswith(("float", "bfloat")) and (
         phase != "forward" or not tensor.startswith("input.")
     )
-
-
-def _spelled(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"

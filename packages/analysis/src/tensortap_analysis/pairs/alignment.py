@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 
+from tensortap_analysis.captured.words import axes_of
+
 Box = tuple[tuple[int, int], ...]
 """(start, stop) on every axis."""
 Read = Callable[[Box], torch.Tensor]
 """Reads a box of a stored tensor."""
-
-_AXES = re.compile(r"\([^)]*\)|[^\s()]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +177,7 @@ def _note(dims: str | None, other: str | None) -> str | None:
 
 
 def _axes(dims: str | None, shape: Sequence[int]) -> list[str] | None:
-    found = [" ".join(axis.split()) for axis in _AXES.findall(dims)] if dims else []
+    found = [" ".join(axis.split()) for axis in axes_of(dims)]
     return found if found and len(found) == len(shape) else None
 
 

@@ -11,7 +11,8 @@ from tensortap_analysis.plots.heatmaps import image
 from tensortap_analysis.plots.samples import Sample, Sheet
 from tensortap_analysis.plots.style import BLUE, figure, save, say, scale
 
-_FIRST, _FEATURES = 1000, 100
+FIRST, FEATURES = 1000, 100
+"""How many leading values of a layer are shown, and how many features of each token."""
 
 
 def draw(sample: Sample, first: Sample, sheet: Sheet, path: Path, title: str) -> Path:
@@ -23,11 +24,11 @@ def draw(sample: Sample, first: Sample, sheet: Sheet, path: Path, title: str) ->
             say(part, "no finite value")
         return save(drawn, path, title, sample.note)
     histogram(left, sample.finite)
-    shown = first.values[:_FIRST]
+    shown = first.values[:FIRST]
     middle.plot(np.where(np.isfinite(shown), shown, np.nan), lw=0.6, color=BLUE)
     scale(middle, first.finite, "y")
     middle.set(title=f"First {len(shown):,} values", xlabel="position in memory", ylabel="value")
-    features = sheet.values[:, :_FEATURES]
+    features = sheet.values[:, :FEATURES]
     image(right, features, extent=(0, features.shape[1], sheet.shape[0], 0))
     right.set(title=f"First {features.shape[1]} features", xlabel="feature", ylabel="token")
     return save(drawn, path, title, f"histogram: {sample.note}; image: {sheet.note}")

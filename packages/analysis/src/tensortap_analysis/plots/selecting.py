@@ -6,12 +6,11 @@ from collections.abc import Iterable, Sequence
 
 from tensortap.selection import Selection
 from tensortap.store import Run
-from tensortap_analysis.captured.moments import Captured, moments_of, selected_parts
+from tensortap_analysis.captured.moments import DETAIL, Captured, moments_of, selected_parts
 from tensortap_analysis.plots.survey import Survey
 
 At = list[tuple[str, int]]
 """Names, and the step at which each is drawn."""
-_MORE = ("stats", "sample", "full")
 
 
 def at_moments(run: Run, moments: Sequence[tuple[str, int]]) -> dict[str, Captured]:
@@ -37,7 +36,7 @@ def at_moments(run: Run, moments: Sequence[tuple[str, int]]) -> dict[str, Captur
 
 def _rank(tensor: Captured) -> tuple[int, bool]:
     at = tensor.moment
-    return _MORE.index(tensor.values), not (at.recompute or at.eval)
+    return DETAIL.index(tensor.values), not (at.recompute or at.eval)
 
 
 def latest(found: Survey) -> At:

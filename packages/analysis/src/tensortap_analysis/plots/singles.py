@@ -66,9 +66,11 @@ def _draw_layer(drawing: Drawing, tensor: Captured) -> None:
         drawing.done.left_out.append(f"{tensor.name}: layers/ needs rows of values, shape {shape}")
         return
     # The first features alone, so that none of them is pooled with others.
-    features = logical.read([*((0, size) for size in shape[:-1]), (0, min(100, shape[-1]))])
+    few = min(layers.FEATURES, shape[-1])
+    features = logical.read([*((0, size) for size in shape[:-1]), (0, few)])
     shown = sample(tensor, distributions.LIMIT)
-    leading = wide(numbers(logical.read(_leading(shape, 1000))).reshape(-1)[:1000])
+    box = _leading(shape, layers.FIRST)
+    leading = wide(numbers(logical.read(box)).reshape(-1)[: layers.FIRST])
     path = drawing.path("layers", tensor)
     first = Sample(leading, leading.size, 1)
     image = image_of(features)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from tensortap_analysis.comparison.result import Comparison
 from tensortap_analysis.comparison.tables import tensor_rows
@@ -78,34 +77,18 @@ def section(views: Sequence[View], found: Comparison | None, rows: int) -> Listi
 
 def _compared(found: Comparison, labels: dict[str, str], rows: int) -> tuple[int, list[Row]]:
     """All runs' tensors in one table, the farthest beyond their limits first."""
-    origins = {
-        (run.run.path, one.pair.at): one.origin for run in found.runs for one in run.divergences
-    }
-    picked: list[Row] = []
-    for run in found.runs:
-        moments = {_moment(_of(pair.at)): pair.at for pair in run.pairs}
-        for row in tensor_rows(run, rows):
-            at = moments[_moment(row)]
-            picked.append({
-                **row,
-                "run": labels.get(run.run.path, run.run.path),
-                "when": at.when.removeprefix(f"step {at.step}").strip(),
-                "dtypes": _dtypes(row),
-                "origin": origins.get((run.run.path, at)),
-            })  # fmt: skip
+    picked: list[Row] = [
+        {
+            **row,
+            "run": labels.get(row["run"], row["run"]),
+            "when": row["when"].removeprefix(str(row["step"])).strip(),
+            "dtypes": _dtypes(row),
+        }
+        for run in found.runs
+        for row in tensor_rows(run, rows)
+    ]
     picked.sort(key=lambda row: (row["excess"], row["error"]), reverse=True)
     return sum(len(run.pairs) for run in found.runs), picked[:rows]
-
-
-def _of(at: Any) -> Row:
-    return {"tensor": at.name, **{key: getattr(at, key) for key in _MOMENT[1:]}}
-
-
-_MOMENT = ("tensor", "step", "microbatch", "call", "eval", "recompute", "dp_rank")
-
-
-def _moment(row: Row) -> tuple[Any, ...]:
-    return tuple(row[key] for key in _MOMENT)
 
 
 def _dtypes(row: Row) -> str:

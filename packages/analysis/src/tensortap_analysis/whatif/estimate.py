@@ -17,7 +17,7 @@ import torch
 
 from tensortap.formats import Codec
 from tensortap.records import Statistics
-from tensortap_analysis.whatif.rounding import Tally, Values, tally
+from tensortap_analysis.whatif.rounding import Tally, Values, scaled_as_a_whole, tally
 from tensortap_analysis.whatif.spread import spread
 
 _POINTS = 64
@@ -30,7 +30,7 @@ are or the largest ones, coarse in the long tail of small ones."""
 def estimate(codec: Codec, stats: Statistics, dtype: torch.dtype) -> Tally:
     """Expected counts and sums; `stats` must have exponents. Signal and nonzero are exact."""
     assert stats.exponents is not None
-    if stats.nan + stats.posinf + stats.neginf and codec.name in ("int8", "nvfp4"):
+    if stats.nan + stats.posinf + stats.neginf and scaled_as_a_whole(codec):
         return Tally(lost=stats.finite)
     if not stats.exponents or not stats.absmax:
         return Tally()
