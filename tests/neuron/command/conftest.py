@@ -16,10 +16,16 @@ transformers.logging.disable_progress_bar()
 
 Checkpoint = Callable[..., Path]
 SMALL = {"vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 3}
+ATTENDING = {
+    **SMALL, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48
+}  # fmt: skip
 KINDS = {
-    "llama": ("Llama", {**SMALL, "num_attention_heads": 4, "intermediate_size": 48}),
+    "llama": ("Llama", ATTENDING),
     "gpt2": ("GPT2", {"vocab_size": 256, "n_embd": 32, "n_layer": 3, "n_head": 4}),
     "mamba": ("Mamba", {**SMALL, "state_size": 4}),
+    # The window is shorter than the prompts.
+    "mistral": ("Mistral", {**ATTENDING, "sliding_window": 4}),
+    "mixtral": ("Mixtral", {**ATTENDING, "num_local_experts": 4, "num_experts_per_tok": 2}),
 }
 
 

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from tests.neuron.command.conftest import KINDS, model_of
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
 import tensortap
+from tensortap_neuron.command.naming import places_of
 
 TEXT = "Paris is"
 OUTPUTS = [f"layer_{number}_output" for number in range(3)]
@@ -53,7 +55,7 @@ def test_every_layer_of_a_decoder_is_what_transformers_computes(tt, checkpoint, 
     for number in range(2):
         assert torch.allclose(found[number], states[number + first], atol=1e-5)
     assert torch.allclose(norm, states[-1], atol=1e-5)
-    if kind == "llama":  # the first hidden state of a GPT-2 has positions in it
+    if kind not in ("gpt2", "mamba"):  # the first hidden state of a GPT-2 has positions in it
         assert torch.equal(_load(folder, "embedding_output"), states[0])
     for number, name in enumerate(OUTPUTS):
         assert torch.equal(_load(folder, name), found[number])
@@ -208,3 +210,29 @@ def test_an_encoder_is_refused(tt, tmp_path):
     )
     assert code == 2
     assert "has an encoder" in error
+
+
+def test_a_forward_that_fails_is_one_line_and_leaves_nothing(tt, tmp_path):
+    model_of("gpt2", n_positions=4).save_pretrained(tmp_path / "short")
+    code, printed, error = tt(
+        "neuron", "layers", "--model", tmp_path / "short", "--prompt", "too long for it",
+        "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert code == 2
+    assert "The forward of GPT2LMHeadModel fails on cpu: IndexError" in error
+    assert "Traceback" not in printed + error
+    assert not list(tmp_path.glob("out/*")) + list(tmp_path.glob("out/.*"))
+
+
+def test_the_vision_tower_beside_a_decoder_is_left_out():
+    text = transformers.LlamaConfig(**KINDS["llama"][1])
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        image_size=32, patch_size=16,
+    )  # fmt: skip
+    model = transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=255)
+    )
+    assert [place.title for place in places_of(model)] == [
+        "embedding", "layer 0", "layer 1", "layer 2", "final norm",
+    ]  # fmt: skip

@@ -10,6 +10,7 @@ from tests.neuron.command.conftest import KINDS, model_of
 from tests.neuron.lazy import Cost
 
 import tensortap
+from tensortap_neuron.command import calling
 from tensortap_neuron.command.capturing import Module
 from tensortap_neuron.command.naming import places_of
 from tensortap_neuron.command.prompts import Prompt
@@ -22,6 +23,7 @@ TEXT = "Paris is"
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_prompt_is_one_execution_and_one_transfer(xla, tmp_path: Path, kind):
     model = model_of(kind)
+    calling.prepare(model)
     runner = Module(xla.put(model), xla.device, places_of(model))
     prompt = Prompt(0, TEXT, tuple(TEXT.encode()), "bytes")
     costs = [

@@ -14,6 +14,7 @@ from torch import nn
 import tensortap
 from tensortap.errors import RunExists
 from tensortap.layouts import layout
+from tensortap_neuron.command.calling import forward
 from tensortap_neuron.command.naming import Place
 from tensortap_neuron.command.prompts import Prompt, folder_of
 
@@ -41,11 +42,7 @@ class Module:
     places: list[Place]
 
     def capture(self, prompt: Prompt, run: Path, metadata: Mapping[str, Any]) -> None:
-        """One teacher-forced forward of the whole prompt.
-
-        With an attention mask, or without a cache, transformers would read values to see whether
-        anything is padded or packed, which runs a part of a lazy graph by itself.
-        """
+        """One teacher-forced forward of the whole prompt."""
         ids = prompt.tensor.to(self.device)
         select = ",".join(place.name for place in self.places)
         # A lazy graph whose values the model reads early costs time; what is captured is right.
@@ -56,7 +53,7 @@ class Module:
             ),
             torch.no_grad(),
         ):
-            self.model(input_ids=ids, use_cache=True)
+            forward(self.model, ids)
 
 
 _CAPTURE: Mapping[str, Any] = {

@@ -51,7 +51,7 @@ def _xla(word: str) -> torch.device:
             "and PJRT_DEVICE=CPU."
         ) from failure
     except RuntimeError as failure:
-        raise NotSupported(f"--device {word}: {_first_line(failure)}") from failure
+        raise NotSupported(f"--device {word}: {first_line(failure)}") from failure
     return device
 
 
@@ -61,7 +61,7 @@ def _require_neuron(word: str) -> None:
     except (RuntimeError, AttributeError, AssertionError) as failure:
         # Torch's own message about a device type it does not know lists all others.
         known = not str(failure).startswith("Expected one of")
-        why = f" ({_first_line(failure)})" if known else ""
+        why = f" ({first_line(failure)})" if known else ""
         raise NotSupported(
             f"--device {word}: this torch has no such device{why}. It comes with TorchNeuron "
             "(torch-neuronx 2.13.3 and later); for torch_xla write --device xla, for a compiled "
@@ -74,7 +74,7 @@ def moved(model: nn.Module, device: torch.device) -> nn.Module:
     try:
         model = model.to(device).eval()
     except (RuntimeError, AssertionError) as failure:
-        raise ConfigError(f"--device {device}: {_first_line(failure)}") from failure
+        raise ConfigError(f"--device {device}: {first_line(failure)}") from failure
     if device.type == "xla":
         # Else the upload would be a part of the first graph.
         import_module("torch_xla").sync()
@@ -100,10 +100,11 @@ def tried(what: str, work: Callable[[], Any]) -> Any:
     try:
         return work()
     except Exception as failure:
-        raise ConfigError(f"{what}: {_first_line(failure)}") from failure
+        raise ConfigError(f"{what}: {first_line(failure)}") from failure
 
 
-def _first_line(failure: BaseException) -> str:
+def first_line(failure: BaseException) -> str:
+    """What a message begins with; with the line after it where that gives the reason."""
     lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
     first = " ".join(lines[: 2 if lines[0].endswith(":") else 1]) if lines else ""
     first = first or type(failure).__name__

@@ -62,8 +62,9 @@ def places(names: Iterable[str]) -> list[Place]:
 
 
 def places_of(model: nn.Module) -> list[Place]:
-    """All of a model: embedding, layers by their number, final norm; of each tower.
+    """All of a decoder: embedding, layers by their number, final norm.
 
+    Towers beside it, which have no token embedding, are left out: a text does not go through them.
     Raises `NotSupported` for a model without layers that tensortap knows.
     """
     modules = (site.name for site in discovery.discover(model, None).sites(model))
@@ -73,7 +74,8 @@ def places_of(model: nn.Module) -> list[Place]:
             f"{type(model).__name__} has no layers that tensortap knows. Names of Hugging Face "
             'models come with tensortap-hf: pip install "tensortap[hf]".'
         )
-    return in_order(found)
+    text = {one.stem for one in found if one.word == "embed"}
+    return in_order([one for one in found if not text or one.stem in text])
 
 
 def in_order(found: Iterable[Place]) -> list[Place]:

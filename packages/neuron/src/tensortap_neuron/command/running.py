@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tensortap.errors import ConfigError
-from tensortap_neuron.command import compiled, devices, models
+from tensortap_neuron.command import calling, compiled, devices, models
 from tensortap_neuron.command.capturing import Capturer, Module
 from tensortap_neuron.command.naming import places_of
 
@@ -58,6 +58,8 @@ class How:
         device = devices.device_of(self.where)
         loaded = models.load(self.model, self.dtype)
         wanted = places_of(loaded)
+        if device.type == "xla":
+            calling.prepare(loaded)
         dtype = str(next(loaded.parameters()).dtype).removeprefix("torch.")
         runner = Module(devices.moved(loaded, device), device, wanted)
         return runner, {"device": str(device), "dtype": dtype}
