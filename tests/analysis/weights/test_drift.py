@@ -303,6 +303,25 @@ def test_of_a_stack_of_experts_the_worst_speaks(scope: Any) -> None:
     assert found["spectral_norm_ratio"] == pytest.approx(20)
     assert found["unchanged"] == pytest.approx(0.5, abs=0.01)
     assert ("explosion", "critical") in issues(drift)["down_proj"]
+    assert alerts(drift)[0].cause == "The norm of expert 2 is 20 times what it was."
+    assert found["l2_after"] == pytest.approx(moved.norm().item())
+
+
+def test_experts_that_begin_at_zero_do_not_hide_one_that_vanishes_or_explodes(scope: Any) -> None:
+    stack = torch.randn(4, 32, 24) / 5
+    stack[0] = 0
+    for factor, rule in ((0.0, "vanishing"), (20.0, "explosion")):
+        after = stack.clone()
+        after[0] = torch.randn(32, 24) / 5
+        after[3] *= factor
+        (drift,) = track([scope({"experts.up": one}) for one in (stack, after)])
+        assert drift.layers["experts.up"]["norm_expert"] == 3
+        assert issues(drift)["up"] == {(rule, "critical")}
+    after = stack.clone()
+    after[0] = torch.randn(32, 24) * 20
+    (drift,) = track([scope({"experts.up": one}) for one in (stack, after)])
+    assert drift.layers["experts.up"]["norm_expert"] == 0
+    assert issues(drift)["up"] == {("explosion", "critical")}
 
 
 def test_experts_are_read_one_after_the_other_and_none_is_kept(

@@ -191,7 +191,7 @@ def _stalled(row: Row, limit: float) -> bool:
 def _not_finite(layer: str, row: Row) -> Issue:
     after, before = row["not_finite_after"], row["not_finite_before"]
     if not after:
-        cause = f"{_count(before)} NaN or infinite before: how far it went cannot be told."
+        cause = f"It held {before:,} NaN or infinite: how far it went cannot be told."
         return Issue(layer, "not finite", "info", cause, "Are the checkpoints in their order?",
                      before, 0.0)  # fmt: skip
     cause = f"{_count(after)} NaN or infinite; {before or 'none'} before."

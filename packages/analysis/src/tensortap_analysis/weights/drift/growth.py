@@ -20,7 +20,6 @@ STOP = "Stop, go back to the checkpoint before, lower the learning rate tenfold,
 WATCH = "Watch the learning rate and the gradient norm of these steps."
 _BEGAN = "Biases, the second factor of a LoRA and new heads do so in their first steps."
 _GONE = "Was it reset, or are the checkpoints in another order? Else go back to the one before."
-_GONE_EXPERT = "The values of one expert are all 0, and were not."
 _VECTORS = ("vector", "table")
 _OF_A_VECTOR, _OF_A_MATRIX = 0.1, 0.01
 """Sizes below which a weight has hardly begun: a bias beside activations of 1, and a matrix whose
@@ -81,18 +80,19 @@ def _changed(layer: str, row: Row, ratio: float, limits: Limits, classic: bool) 
 
 
 def _gone(layer: str, row: Row, severity: Severity) -> Issue:
-    cause = "Its values are all 0, and were not." if row["kind"] != "experts" else _GONE_EXPERT
+    what = f"values of expert {row['norm_expert']}" if "norm_expert" in row else "its values"
+    cause = f"All {what} are 0, and were not."
     return Issue(layer, "vanishing", severity, cause, _GONE, 0.0, 0.0, math.inf)
 
 
 def _whose(row: Row) -> str:
-    return "The norm of one expert" if row["kind"] == "experts" else "Its norm"
+    return f"The norm of expert {row['norm_expert']}" if "norm_expert" in row else "Its norm"
 
 
 def _norms(row: Row) -> str:
     """Both; those of a stack are not those of the expert that is meant."""
     before, after = row["l2_before"], row["l2_after"]
-    return "" if row["kind"] == "experts" else f": {before:.3g}, now {after:.3g}"
+    return "" if "norm_expert" in row else f": {before:.3g}, now {after:.3g}"
 
 
 def _begun(layer: str, row: Row, ratio: float, limits: Limits) -> Iterator[Issue]:
@@ -100,7 +100,7 @@ def _begun(layer: str, row: Row, ratio: float, limits: Limits) -> Iterator[Issue
     if size > limit:
         severe = size > limit * limits["explosion"]
         severity: Severity = "critical" if severe else "warning"
-        cause = f"It was {_was(row)} and is {_size(row)} at once."
+        cause = f"It was {_was(row)}, and now {_size(row)}."
         yield Issue(layer, "explosion", severity, cause, STOP if severe else WATCH, size, limit,
                     size / limit)  # fmt: skip
     elif ratio > limits["explosion"]:
@@ -115,8 +115,8 @@ def _size(row: Row) -> str:
     """`size_after` in words."""
     size = row["size_after"]
     if not is_matrix(row):
-        return f"{size:.3g} on average"
-    return f"a layer whose outputs are {size:.3g} times independent inputs"
+        return f"its values are {size:.3g} on average"
+    return f"its outputs are {size:.3g} times independent inputs"
 
 
 def begun_apart(layers: Mapping[str, Row], limits: Limits) -> Iterator[Issue]:
@@ -135,7 +135,7 @@ def begun_apart(layers: Mapping[str, Row], limits: Limits) -> Iterator[Issue]:
         if ratio > limit and row["size_after"] > _nothing(row):
             severe = ratio > limits["peers"] * limits["explosion"]
             cause = (
-                f"It was {_was(row)} and is {_size(row)}, {ratio:.3g} times the median of those "
+                f"It was {_was(row)}, and now {_size(row)}: {ratio:.3g} times the median of those "
                 "that began with it."
             )
             yield Issue(layer, "explosion", "critical" if severe else "warning", cause,

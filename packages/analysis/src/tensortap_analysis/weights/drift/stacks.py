@@ -16,16 +16,17 @@ _ADDED = ("not_finite_before", "not_finite_after")
 def worst_change(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """`expert` is the one that changed most, relatively; `experts` how many there are.
 
-    `unchanged` is the mean, counts are sums, norms those of the whole stack, and sizes those of the
-    expert whose norm grew or fell farthest; of which expert the row that moved most is, is not
-    said.
+    `unchanged` is the mean, counts are sums, and norms those of the whole stack. `norm_expert` is
+    the one whose norm grew or fell farthest: the norm ratio and the sizes are its. Of which expert
+    the row that moved most is, is not said.
     """
     found = {metric: _worst(metric, [part[metric] for part in parts]) for metric in parts[0]}
-    farthest = max(parts, key=_way)
+    farthest = max(range(len(parts)), key=lambda at: _way(parts[at]))
     most = [part["relative_change"] for part in parts]
     known = [at for at, value in enumerate(most) if value is not None]
     expert = max(known, key=lambda at: most[at]) if known else None
-    one = {name: farthest[name] for name in ("l2_norm_ratio", "size_before", "size_after")}
+    one = {name: parts[farthest][name] for name in ("l2_norm_ratio", "size_before", "size_after")}
+    one["norm_expert"] = farthest
     return found | one | {"row_change_at": None, "expert": expert, "experts": len(parts)}
 
 
