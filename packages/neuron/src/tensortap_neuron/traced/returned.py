@@ -69,10 +69,12 @@ def _from_list(capture: Capture, captured: Sequence[Any]) -> Iterator[Came]:
 
 
 _NOT_CALLED = (
-    "a stand-in of one element came back: the module was not called while this bucket was traced. "
-    "A fused kernel may do its work, or the tensor registry was cleared after another bucket"
+    "missing: a stand-in of one element came back, as the module was not called while this bucket "
+    "was traced. A fused kernel may do its work, or the tensor registry was cleared after another bucket"
 )
-_NOT_REGISTERED = "a single NaN came back: register_tensor was not called in this bucket"
+_NOT_REGISTERED = (
+    "missing: a single NaN came back, as register_tensor was not called in this bucket"
+)
 
 
 def _stand_in(value: Any) -> bool:
@@ -88,7 +90,7 @@ def _by_hand(capture: Capture, values: Sequence[Any]) -> Iterator[Came]:
     if len(came) < asked:
         cause = _NOT_REGISTERED
         if came:
-            cause = f"{len(came)} of {asked} registered tensors came: nothing says which"
+            cause = f"missing: {len(came)} of {asked} registered tensors came: nothing says which"
         for one in (*expected, *([Came("", expert_index())] if capture.moe else [])):
             yield Came("", one.name, None, cause)
         return
@@ -128,7 +130,9 @@ def _from_registry(capture: Capture, captured: Mapping[str, Any]) -> Iterator[Ca
         name = by_hand.get(key) or f"manual/forward/{escape(key.removeprefix('manual_'))}"
         yield Came("", TensorName.parse(name), value, _NOT_REGISTERED if _stand_in(value) else None)
     for name in capture.manual[len(rest) :]:
-        yield Came("", TensorName.parse(name), None, "register_tensor was not called for it")
+        yield Came(
+            "", TensorName.parse(name), None, "missing: register_tensor was not called for it"
+        )
 
 
 def _word(key: str, path: str, side: str) -> str | None:
