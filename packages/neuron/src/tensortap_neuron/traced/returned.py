@@ -69,8 +69,9 @@ def _from_list(capture: Capture, captured: Sequence[Any]) -> Iterator[Came]:
 
 
 _NOT_CALLED = (
-    "missing: a stand-in of one element came back, as the module was not called while this bucket "
-    "was traced. A fused kernel may do its work, or the tensor registry was cleared after another bucket"
+    "missing: a stand-in of one element came back, as the module was not called while this "
+    "bucket was traced. A fused kernel may do its work, or the tensor registry was cleared "
+    "after another bucket"
 )
 _NOT_REGISTERED = (
     "missing: a single NaN came back, as register_tensor was not called in this bucket"
