@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -75,8 +76,9 @@ def read_plainly(path: Path) -> int:
     return total
 
 
-def read_as_float64(path: Path) -> float:
+def read_as_float64(path: Path, threads: int) -> float:
     """Every value to float64, and a sum: the least there is to do at that precision."""
+    torch.set_num_threads(threads)
     total = 0.0
     for weight in load_file(path).values():
         for piece in weight.view(-1).split(1 << 16):
@@ -125,14 +127,23 @@ def values_table(folder: Path, mebi: int, workers: int) -> None:
     path = bfloat16_file(folder, mebi)
     ways: dict[str, Way] = {
         "a plain read of the bytes": lambda: read_plainly(path),
-        "a sum in float64 (torch)": lambda: read_as_float64(path),
+        "a sum in float64, 1 thread": lambda: read_as_float64(path, 1),
+        f"a sum in float64, {workers} threads": lambda: read_as_float64(path, workers),
         "these metrics in plain torch": lambda: values_plainly(path),
         "tensortap, 1 worker": scan(path, VALUES, False, 1),
         f"tensortap, {workers} workers": scan(path, VALUES, False, workers),
     }
-    print(f"\nvalues one by one, {mebi} MiB of bfloat16\n{'':32}{'GB/s':>8}")
-    for name, spent in zip(ways, best(list(ways.values())), strict=True):
-        print(f"{name:32}{path.stat().st_size / spent / 1e9:8.2f}", flush=True)
+    print(f"\nvalues one by one, {mebi} MiB of bfloat16\n{'':32}{'GB/s':>8}{'times a sum':>14}")
+    spent = dict(zip(ways, best(list(ways.values())), strict=True))
+    for name, seconds in spent.items():
+        print(f"{name:32}{path.stat().st_size / seconds / 1e9:8.2f}{_times_a_sum(name, spent)}")
+
+
+def _times_a_sum(name: str, spent: dict[str, float]) -> str:
+    """Ours over a sum on as many cores."""
+    words = name.partition("tensortap, ")[2].split()
+    same = [one for one in spent if words and one.startswith(f"a sum in float64, {words[0]} ")]
+    return f"{spent[name] / spent[same[0]]:13.2f}x" if same else ""
 
 
 def spectra_table(quick: bool) -> None:
@@ -187,7 +198,7 @@ def whole_plainly(folder: Path) -> None:
 def folder_table(folder: Path, layers: int, workers: int, peer: Path) -> None:
     target = gpt2_folder(folder, layers)
     print(f"\nshapes of GPT-2, {layers} layers, all methods")
-    print(f"{'':32}{'s':>8}{'CPU s':>8}{'peak MiB':>10}")
+    print(f"{'':32}{'s':>8}{'CPU s':>8}{'peak MiB':>10}{'of imports':>12}")
     for name, lane in (
         (f"tensortap, {workers} workers", f"scan{workers}"), ("tensortap, 1 worker", "scan1"),
         ("plain torch, no block formats", "plain"),
@@ -208,21 +219,31 @@ def folder_table(folder: Path, layers: int, workers: int, peer: Path) -> None:
 
 
 def in_process(target: Path, lane: str) -> str:
-    """Seconds, seconds of CPU time and peak memory of a process of its own."""
+    """Seconds, CPU seconds, and peak memory of a process of its own, in all and of its imports."""
     command = [sys.executable, str(HERE / "weights.py"), "--lane", lane, "--scratch", str(target)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    seconds, busy, peak = done.stdout.split()[-3:]
-    return f"{float(seconds):8.1f}{float(busy):8.1f}{float(peak):10.0f}"
+    seconds, busy, peak, before = map(float, done.stdout.split()[-4:])
+    return f"{seconds:8.1f}{busy:8.1f}{peak:10.0f}{before:12.0f}"
 
 
 def run_lane(lane: str, target: Path) -> None:
-    start, busy = time.perf_counter(), time.process_time()
+    start, busy, before = time.perf_counter(), time.process_time(), peak_mib()
     if lane == "plain":
         whole_plainly(target)
     else:
         scan(target, METHODS, True, int(lane.removeprefix("scan")))()
     spent, busy = time.perf_counter() - start, time.process_time() - busy
-    print(spent, busy, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    print(spent, busy, peak_mib(), before)
+
+
+def peak_mib() -> float:
+    """What this process has held at most; on Linux not what the one that started it had."""
+    account = Path("/proc/self/status")
+    if account.exists():
+        found = re.search(r"VmHWM:\s*(\d+)", account.read_text())
+        assert found
+        return int(found[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def main() -> None:

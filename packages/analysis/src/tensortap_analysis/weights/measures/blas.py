@@ -27,6 +27,8 @@ _PREFIXES, _SUFFIXES = ("scipy_", ""), ("64_", "_64", "")
 _ROWS, _COLUMNS, _LOWER, _AS_IS, _TURNED = 101, 102, 122, 111, 112
 """CBLAS and LAPACKE's names of orders and sides."""
 _PANEL, _PANELS = 1 << 25, 8
+_WIDTH = 64
+"""Columns that LAPACK reduces together, where it has room for them."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,12 @@ def eigenvalues(gram: Doubles) -> Doubles:
     if found is None or found.syevd is None:
         return np.linalg.eigvalsh(gram).astype(np.float64, copy=False)
     side, values = len(gram), np.empty(len(gram))
+    work, whole = np.empty((2 + _WIDTH) * side + 1), np.empty(1, np.int64)
     # Rows are columns here, so that what is below the diagonal is above it.
-    if found.syevd(_COLUMNS, b"N", b"U", side, gram.ctypes.data, side, values.ctypes.data):
+    if found.syevd(
+        _COLUMNS, b"N", b"U", side, gram.ctypes.data, side, values.ctypes.data,
+        work.ctypes.data, len(work), whole.ctypes.data, len(whole),
+    ):  # fmt: skip
         raise np.linalg.LinAlgError("Eigenvalues did not converge")
     return values
 
@@ -121,7 +127,7 @@ def _functions(library: Any, prefix: str, suffix: str) -> _OpenBlas:
         "cblas_dsyrk", word, word, word, number, number, real, place, number, real, place, number
     )
     syevd = function(
-        "LAPACKE_dsyevd", word, ctypes.c_char, ctypes.c_char, number, place, number, place,
-        result=number,
+        "LAPACKE_dsyevd_work", word, ctypes.c_char, ctypes.c_char, number, place, number, place,
+        place, number, place, number, result=number,
     )  # fmt: skip
     return _OpenBlas(threads, syrk, syevd)
