@@ -208,6 +208,40 @@ def test_a_cached_beginning_of_a_prompt_is_a_hole_and_not_the_beginning(tmp_path
     assert record.placement.segments == {1: ((6, 3),)}
 
 
+def test_a_broken_last_chunk_is_a_hole_and_no_logits_of_an_earlier_one(tmp_path: Path) -> None:
+    writer = FakeCaptureWriter(tmp_path)
+    for start in (0, 3):
+        tensors = {"model.norm": torch.rand(3, 8), "lm_head": torch.rand(1, 8)}
+        where = writer.write(tensors, ["r"], torch.arange(start, start + 3), prefill=True)
+    for module in ("model.norm", "lm_head"):
+        (where / module / "rank0.pt").write_bytes(b"damaged")
+    sink, moved = load(tmp_path)
+    assert len(moved.skipped) == 2
+    [record] = sink.records
+    assert (str(record.name), record.shape) == ("final_norm/forward/output", (1, 3, 8))
+    assert record.placement.logical_shape == (1, 6, 8)
+    assert record.placement.segments == {1: ((0, 3),)}
+
+
+def test_a_hidden_axis_that_neuron_padded_is_cut_to_that_of_the_config(
+    reference: Path, tmp_path: Path, tt: Command
+) -> None:
+    served = Served(small_llama(), FakeCaptureWriter(tmp_path / "captures"))
+    where = served.prefill({"0": PROMPTS[0]}, 16)
+    for module in MODULES[:-1]:
+        path = where / module / "rank0.pt"
+        torch.save(padded(torch.load(path), 48, 1), path)
+    words = ["--json", "--select", "embed/*/output,layers.?/*/output,final_norm/*/output"]
+    code, found, _ = tt("compare", reference, tmp_path / "captures", *words)
+    assert (code, found["runs"][0]["compared"]) == (2, 0)
+    (tmp_path / "captures" / "config.json").write_text('{"hidden_size": 32}')
+    code, found, _ = tt("compare", reference, tmp_path / "captures", *words)
+    assert (code, found["verdict"], found["runs"][0]["compared"]) == (0, "agree", 4)
+    assert load(tmp_path / "captures")[0].run.model_config == {"hidden_size": 32}
+    (tmp_path / "captures" / "config.json").write_text("{")
+    assert "config.json: cannot be read" in load(tmp_path / "captures")[1].skipped[0]
+
+
 def test_a_request_that_was_processed_again_is_a_second_call(tmp_path: Path) -> None:
     writer = FakeCaptureWriter(tmp_path)
     for _ in range(2):

@@ -21,7 +21,7 @@ from tensortap_neuron.layouts.files import cause, read_tensor
 from tensortap_neuron.layouts.forwards import Forward, Request
 from tensortap_neuron.layouts.held import Held, held, modules_of, rows_of
 from tensortap_neuron.layouts.importing import Findings, Piece
-from tensortap_neuron.layouts.names import canonical_names, place, word_of
+from tensortap_neuron.layouts.names import canonical_names, is_residual, place, word_of
 from tensortap_neuron.layouts.requests import Pass, Share, runs_of
 
 _SAME = "ranks of one tensor-parallel group hold the same values, which are written once"
@@ -40,11 +40,15 @@ class Pieces:
 
 
 class Shares:
-    """Makes pieces of requests; what cannot be read is said in `findings`."""
+    """Makes pieces of requests; what cannot be read is said in `findings`.
 
-    def __init__(self, folder: Path, findings: Findings) -> None:
+    `hidden` is the width of the model, where that is known: what is beyond it is padding.
+    """
+
+    def __init__(self, folder: Path, findings: Findings, hidden: int | None = None) -> None:
         self._folder = folder
         self._findings = findings
+        self._hidden = hidden
         self._names: dict[str, str] = {}
         self._held: dict[Path, dict[str, Held]] = {}
 
@@ -110,13 +114,18 @@ class Shares:
                 for one, share in forward.parts
                 if module in self._held[one.path]
             ]
-            for call, some in enumerate(_calls(parts), start=forward.call):
+            for call, some in enumerate(_calls(forward, parts), start=forward.call):
                 for rank in sorted({rank for _, _, kept in some for rank in kept.ranks}):
                     at = Coordinates(step, forward.microbatch, call, ranks[replica, rank])
-                    yield from self._piece(module, at, rank, some)
+                    yield from self._piece(module, at, rank, some, forward.positions)
 
     def _piece(
-        self, module: str, at: Coordinates, rank: int, parts: Sequence[Part]
+        self,
+        module: str,
+        at: Coordinates,
+        rank: int,
+        parts: Sequence[Part],
+        everything: Sequence[int],
     ) -> Iterator[Piece]:
         name, kept = self._names[module], parts[0][2]
         cuts = [_cut(part, rank) for part in parts if rank in part[2].files]
@@ -124,15 +133,38 @@ class Shares:
         if kept.rows == "split" and not positions:
             return  # This rank has none of the request's tokens.
         batched = kept.rows != "unknown" and word_of(name) != "mlp.router"
-        everything = [p for _, share, _ in parts if share for p in share.positions]
         yield Piece(
             TensorName(name, "forward", "output"),
             module,
             at,
             partial(_read, cuts, batched),
             self._relative(cuts[0].path),
-            _placement(kept, positions, everything, batched, prompt=at.microbatch == 0),
+            self._placement(name, parts, positions, everything, batched, at.microbatch == 0),
         )
+
+    def _placement(
+        self,
+        name: str,
+        parts: Sequence[Part],
+        positions: Sequence[int],
+        everything: Sequence[int],
+        batched: bool,
+        prompt: bool,
+    ) -> Placement | None:
+        """Where rows lie in the text, unless they are all of it, and where the width ends."""
+        kept = parts[0][2]
+        if kept.rows != "split" and not all(kept.whole for _, _, kept in parts):
+            return Placement(unknown=True)
+        valid = {}
+        if self._hidden is not None and is_residual(name) and kept.shape[-1] > self._hidden:
+            valid = {len(kept.shape) - 1 + int(batched): self._hidden}
+        if kept.by_token:
+            start = 0 if prompt else everything[0]
+            end, runs = everything[-1] + 1 - start, runs_of([at - start for at in positions])
+            if runs != ((0, end),):
+                shape = (*([1] * batched), end, *kept.shape[1:])
+                return Placement(shape, {int(batched): runs}, valid)
+        return Placement(valid=valid) if valid else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,12 +185,14 @@ def _cut(part: Part, rank: int) -> Cut:
     return Cut(kept.files[rank], kept.shape, rows, positions)
 
 
-def _calls(parts: Sequence[Part]) -> list[Sequence[Part]]:
+def _calls(forward: Forward, parts: Sequence[Part]) -> list[Sequence[Part]]:
     """Chunks of tokens are one tensor; of a row for each request only the last chunk counts."""
     kinds = {kept.rows for _, _, kept in parts}
     if len(kinds) == 1 and all(kept.by_token for _, _, kept in parts):
         return [parts]
-    return [parts[-1:]] if kinds == {"requests"} else [[part] for part in parts]
+    if kinds == {"requests"}:
+        return [[part] for part in parts[-1:] if part[0] is forward.parts[-1][0]]
+    return [[part] for part in parts]
 
 
 def _read(cuts: Sequence[Cut], batched: bool) -> torch.Tensor:
@@ -173,22 +207,6 @@ def _read(cuts: Sequence[Cut], batched: bool) -> torch.Tensor:
         raise RunError(f"{cuts[0].path} and other chunks of the prompt differ in dtype.")
     whole = found[0] if len(found) == 1 else torch.cat(found)
     return whole.unsqueeze(0) if batched else whole
-
-
-def _placement(
-    kept: Held, positions: Sequence[int], everything: Sequence[int], batched: bool, *, prompt: bool
-) -> Placement | None:
-    """Where rows lie in the text, unless they are all of it; only prompts are whole texts."""
-    if not kept.whole and kept.rows != "split":
-        return Placement(unknown=True)
-    if not (prompt and kept.by_token):
-        return None
-    runs, end = runs_of(positions), max(everything) + 1
-    if runs == ((0, end),):
-        return None
-    shape = (end, *kept.shape[1:])
-    axis = int(batched)
-    return Placement(logical_shape=(1, *shape) if batched else shape, segments={axis: runs})
 
 
 def _parallel(ranks: Mapping[tuple[int, int], int]) -> dict[int, dict[str, int]]:

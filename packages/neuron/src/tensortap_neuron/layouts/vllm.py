@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from tensortap_neuron.layouts.importing import Findings, new_info, write
 from tensortap_neuron.layouts.requests import Pass, is_pass, parse_pass, pass_key, runs_of
 from tensortap_neuron.layouts.shares import Shares
 
+CONFIG = "config.json"
 _REPLICA = re.compile(r"dp(\d{1,6})", re.ASCII)
 
 
@@ -43,16 +45,42 @@ class VllmNeuron:
         )
 
     def load(self, folder: Path, sink: TensorSink, progress: Progress) -> Moved:
-        """See `Layout.load`."""
+        """See `Layout.load`.
+
+        A `config.json` of the model that the user puts beside `dp0` says how wide the model is:
+        Neuron may pad its hidden axis, and nothing else tells.
+        """
         findings = Findings()
         passes = _passes(folder, findings)
         findings.require_some(passes, folder, "dp<n>/prefill_s<n>_<n> or decode_b<n>_<n>")
         requests = requests_of(passes)
-        pieces = Shares(folder, findings).pieces(requests)
+        config = _config(folder / CONFIG, findings)
+        pieces = Shares(folder, findings, _hidden(config)).pieces(requests)
         findings.require_some(pieces.found, folder, "tensor that could be read")
         _note_others(folder, findings)
         info = new_info(layout="vllm-neuron", requests=_described(requests))
+        info = replace(info, model_config=config)
         return write(sink, info, pieces.found, findings, progress, pieces.parallel)
+
+
+def _config(path: Path, findings: Findings) -> Mapping[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        return read_json(path)
+    except RunError as failure:
+        findings.skip("*", path.name, cause(failure, path))
+        return {}
+
+
+def _hidden(config: Mapping[str, Any]) -> int | None:
+    """The width of the model, or of its text part."""
+    text = config.get("text_config")
+    for document in (config, text if isinstance(text, dict) else {}):
+        found = document.get("hidden_size")
+        if type(found) is int and found > 0:
+            return found
+    return None
 
 
 def _passes(folder: Path, findings: Findings) -> list[Pass]:
