@@ -167,6 +167,13 @@ def test_a_weight_that_began_at_zero_has_no_share_that_it_changed_by(
     assert "It was all zeros and began to learn." in out
 
 
+def test_changes_of_many_times_are_told_as_times(cli: Cli, tmp_path: Path) -> None:
+    for name, factor in (("a", 1), ("b", 1126)):
+        save_file({"q.weight": torch.eye(8) * factor}, tmp_path / f"{name}.safetensors")
+    _, out, _ = cli(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert out.splitlines()[1].split()[2] == "1,125x"
+
+
 def test_checkpoints_in_another_order_than_their_numbers_are_said_to_be(
     cli: Cli, checkpoints: list[Path], tmp_path: Path
 ) -> None:

@@ -115,7 +115,7 @@ def _size(row: Row) -> str:
     """`size_after` in words."""
     size = row["size_after"]
     if not is_matrix(row):
-        return f"its values are {size:.3g} on average"
+        return f"its root mean square is {size:.3g}"
     return f"its outputs are {size:.3g} times independent inputs"
 
 

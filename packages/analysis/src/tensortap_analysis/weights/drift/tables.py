@@ -14,8 +14,13 @@ from tensortap_analysis.weights.drift.tracking import Drift
 from tensortap_analysis.weights.drift.trend import layers_of
 from tensortap_analysis.weights.health import Issue
 
+_TIMES = 10.0
+
 
 def _percent(value: float) -> str:
+    """Shares; what is ten times as much as before and more, as times."""
+    if value >= _TIMES:
+        return f"{value:,.0f}x"
     return f"{value:.3%}" if value < 0.1 else f"{value:.1%}"
 
 
