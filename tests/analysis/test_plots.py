@@ -103,7 +103,7 @@ def test_a_folder_of_another_layout_is_drawn_like_a_run(cli, trained, tmp_path, 
         (("nowhere", "--layout", "pt"), "There is no run and no folder"),
         ((".",), "is not a run"),
         (("RUN", "--select", "nothing/*"), "matches nothing"),
-        (("RUN", "--step", 7), "at step 7"),
+        (("RUN", "--step", 7), "has no step 7; it has steps 0, 1."),
         (("RUN", "--against", "nowhere"), "There is no run"),
     ],
 )

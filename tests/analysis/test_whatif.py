@@ -304,7 +304,7 @@ def test_the_command_writes_all_rows_as_json_csv_and_markdown(cli, two, tmp_path
         (("--out", "nowhere/rows.csv"), "there is no directory nowhere"),
         (("--out", "/proc/rows.csv"), "cannot be written"),
         (("--threshold-db", "nan"), "a number of decibels"),
-        (("--step", 4), "has nothing at step 4; it has [0]"),
+        (("--step", 4), "has no step 4; it has step 0"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(cli, two, arguments, words):

@@ -10,11 +10,11 @@ from tensortap.errors import ConfigError
 from tensortap_analysis.captured.facts import facts_of
 from tensortap_analysis.captured.moments import Catalogue, Moment, catalogue
 from tensortap_analysis.captured.sources import Source, label, opened
+from tensortap_analysis.captured.steps import require_step
 from tensortap_analysis.comparison.mistakes import (
     dead_patterns,
     lost,
     require_noise_of_its_own,
-    require_step,
 )
 from tensortap_analysis.comparison.result import Comparison, RunComparison, judged_again
 from tensortap_analysis.divergence.products import with_products

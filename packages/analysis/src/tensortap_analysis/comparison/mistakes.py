@@ -6,9 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from tensortap.errors import ConfigError, RunError
+from tensortap.errors import ConfigError
 from tensortap.selection import Selection
-from tensortap.store import Run
 from tensortap_analysis.captured.moments import Catalogue
 from tensortap_analysis.captured.sources import Source, label
 from tensortap_analysis.pairs.pairing import Unpaired
@@ -23,20 +22,6 @@ def require_noise_of_its_own(runs: Sequence[Source], noise: Source | None) -> No
             f"The noise run {label(noise)} is the run that it is to judge: every error would be "
             "accepted. Give another run of what one must accept, or leave --noise out."
         )
-
-
-def require_step(run: Run, path: str, step: int | None) -> None:
-    """Raise `RunError`, with the steps there are, where a run has none of this number."""
-    if step is not None and step not in run.steps:
-        raise RunError(f"{path} has no step {step}; it has {spelled(run.steps)}.")
-
-
-def spelled(steps: Sequence[int]) -> str:
-    """`steps 0, 1, 2, …`, or that there are none."""
-    if not steps:
-        return "no steps"
-    words = ", ".join(map(str, steps[:8])) + (", …" if len(steps) > 8 else "")
-    return f"step {words}" if len(steps) == 1 else f"steps {words}"
 
 
 def dead_patterns(select: str | Iterable[str], sides: Sequence[Catalogue]) -> Iterator[str]:

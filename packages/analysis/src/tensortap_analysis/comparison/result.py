@@ -10,7 +10,7 @@ from typing import Any
 from tensortap.errors import ConfigError
 from tensortap.selection import Selection
 from tensortap_analysis.captured.facts import RunFacts
-from tensortap_analysis.comparison.mistakes import spelled
+from tensortap_analysis.captured.steps import spelled
 from tensortap_analysis.comparison.notices import notes, twins, warnings
 from tensortap_analysis.comparison.outcome import RunComparison, Verdict
 from tensortap_analysis.comparison.saving import decoded, encoded, load, save

@@ -8,6 +8,7 @@ from pathlib import Path
 from tensortap.errors import RunError
 from tensortap.layouts import new_folder
 from tensortap.store import Run
+from tensortap_analysis.captured.steps import require_step
 from tensortap_analysis.plots import attention
 from tensortap_analysis.plots.against import draw_compared, draw_errors, draw_rounded
 from tensortap_analysis.plots.drawing import Drawing, Plotted, Progress
@@ -45,7 +46,8 @@ def plot(
     """
     found = survey(run, step=step)
     if not len(found.name):
-        raise RunError(f"{run.path} has no statistics to draw at step {step}; it has {run.steps}.")
+        require_step(run, str(run.path), step)
+        raise RunError(f"{run.path} has no statistics to draw.")
     chosen = None if select is None else selected(run, found, select)
     new_folder(out)
     held = at_moments(run, latest(found))

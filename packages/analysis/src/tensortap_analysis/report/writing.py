@@ -11,6 +11,7 @@ from pathlib import Path
 from tensortap.errors import ConfigError, RunError
 from tensortap.selection import Selection
 from tensortap_analysis.captured.sources import Named, Source, label, opened
+from tensortap_analysis.captured.steps import spelled
 from tensortap_analysis.comparison.comparing import compare
 from tensortap_analysis.comparison.result import Comparison
 from tensortap_analysis.judging.presets import preset as known_preset
@@ -104,13 +105,9 @@ def _views(sources: Sequence[Named], select: str, step: int | None) -> list[View
         raise wanted.nothing_in(names, " and ".join(paths))
     steps = sorted({number for one in views for number in one.steps})
     if step is not None and step not in steps:
-        raise RunError(f"{' and '.join(paths)}: nothing was captured at step {step}; {_few(steps)}")
+        known = f"captured: {spelled(steps)}."
+        raise RunError(f"Nothing was captured at step {step} in {' and '.join(paths)}; {known}")
     return views
-
-
-def _few(steps: list[int]) -> str:
-    shown = ", ".join(map(str, steps[:8])) + (", …" if len(steps) > 8 else "")
-    return f"there are steps {shown}." if steps else "there are no records."
 
 
 def _missing(views: list[View], found: Comparison | None) -> tuple[str, ...]:

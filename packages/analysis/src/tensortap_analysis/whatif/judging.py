@@ -18,6 +18,7 @@ from tensortap.store import Run
 from tensortap.store.logical import LogicalTensor
 from tensortap_analysis.captured.moments import Captured, captured
 from tensortap_analysis.captured.sources import Source, label, opened
+from tensortap_analysis.captured.steps import require_step
 from tensortap_analysis.captured.words import axes_of
 from tensortap_analysis.judging.rounding import is_mask
 from tensortap_analysis.measuring.boxes import boxes
@@ -95,18 +96,13 @@ def what_if(
     """
     codecs = {name: codec_of(name) for name in formats}
     with opened(run) as readable:
-        _require_step(readable, step, label(run))
+        require_step(readable, label(run), step)
         survey = _Survey(codecs)
         for done, tensor in enumerate(captured(readable, select, step=step), start=1):
             survey.add(tensor)
             progress(done)
         problems = (*readable.problems, *unmatched(readable, select))
         return replace(survey.result(), problems=problems)
-
-
-def _require_step(run: Run, step: int | None, path: str) -> None:
-    if step is not None and step not in run.steps:
-        raise RunError(f"{path} has nothing at step {step}; it has {run.steps}.")
 
 
 class _Survey:
