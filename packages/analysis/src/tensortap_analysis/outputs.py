@@ -8,17 +8,21 @@ from pathlib import Path
 from tensortap.errors import ConfigError
 
 
-def require_writable(out: Path) -> None:
-    """Raise `ConfigError` where a file cannot be made, before anything is computed for it."""
+def require_writable(out: Path, option: str = "--out") -> None:
+    """Raise `ConfigError` where a file cannot be made, before anything is computed for it.
+
+    The error names the `option` that gave it, if there is one.
+    """
+    said = f"{option} {out}".lstrip()
     if out.is_dir():
-        raise ConfigError(f"--out {out} is a directory; name a file.")
+        raise ConfigError(f"{said} is a directory; name a file.")
     if not out.absolute().parent.is_dir():
-        raise ConfigError(f"--out {out}: there is no directory {out.parent}.")
+        raise ConfigError(f"{said}: there is no directory {out.parent}.")
     existed = out.exists()
     try:
         with open(out, "ab"):
             pass
     except OSError as failure:
-        raise ConfigError(f"--out {out} cannot be written: {failure.strerror}.") from failure
+        raise ConfigError(f"{said} cannot be written: {failure.strerror}.") from failure
     if not existed:
         os.unlink(out)

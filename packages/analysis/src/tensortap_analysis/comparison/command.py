@@ -17,7 +17,6 @@ from tensortap_analysis.comparison.documents import as_json
 from tensortap_analysis.comparison.findings import findings, header
 from tensortap_analysis.comparison.outcome import RunComparison
 from tensortap_analysis.comparison.result import Comparison
-from tensortap_analysis.comparison.saving import require_writable
 from tensortap_analysis.comparison.tables import (
     layers,
     summary,
@@ -26,6 +25,7 @@ from tensortap_analysis.comparison.tables import (
     unpaired_rows,
 )
 from tensortap_analysis.options import Noise, Select, Step, Thresholds, limits
+from tensortap_analysis.outputs import require_writable
 from tensortap_analysis.progress import counted
 from tensortap_analysis.rendering import as_markdown, rendered
 
@@ -68,7 +68,7 @@ def compare_runs(
         raise ConfigError("--json, --csv and --markdown are three ways to print; choose one.")
     wanted = limits(threshold)
     if save is not None:
-        require_writable(save)
+        require_writable(save, "--save")
     if saved is not None:
         found = _again(saved, runs, noise, preset, wanted, select, step)
     else:

@@ -13,6 +13,7 @@ from tensortap.errors import ConfigError, RunError
 from tensortap_analysis.captured.facts import RunFacts
 from tensortap_analysis.comparison.outcome import RunComparison
 from tensortap_analysis.measuring.layers import Change
+from tensortap_analysis.outputs import require_writable
 from tensortap_analysis.pairs.pair import Pair
 from tensortap_analysis.pairs.pairing import Unpaired
 
@@ -20,35 +21,16 @@ _KIND, _SCHEMA = "tensortap-comparison", 1
 _T = TypeVar("_T")
 
 
-def require_writable(path: str | os.PathLike[str]) -> None:
-    """Raise `ConfigError` where nothing can be saved, before anything is measured."""
-    target = Path(path)
-    if target.is_dir():
-        raise ConfigError(f"--save {path} is a directory; name a file.")
-    if not target.absolute().parent.is_dir():
-        raise ConfigError(f"--save {path}: there is no directory {target.parent}.")
-    scratch = _scratch(path)
-    try:
-        scratch.touch()
-        scratch.unlink()
-    except OSError as failure:
-        raise ConfigError(f"--save {path} cannot be written: {failure.strerror}.") from failure
-
-
 def save(document: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """Write a document whole, or not at all; raises `ConfigError`."""
-    require_writable(path)
-    scratch = _scratch(path)
+    require_writable(Path(path), "")
+    scratch = Path(f"{os.fspath(path)}.partial")
     try:
         scratch.write_text(json.dumps(document, allow_nan=False), encoding="utf-8")
         scratch.replace(path)
     except OSError as failure:
         scratch.unlink(missing_ok=True)
         raise ConfigError(f"{path} cannot be written: {failure.strerror}.") from failure
-
-
-def _scratch(path: str | os.PathLike[str]) -> Path:
-    return Path(f"{os.fspath(path)}.partial")
 
 
 def load(path: str | os.PathLike[str], read: Callable[[Mapping[str, Any]], _T]) -> _T:

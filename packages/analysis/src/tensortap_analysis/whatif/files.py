@@ -12,6 +12,7 @@ from typing import Any
 from tensortap.errors import ConfigError
 from tensortap.records import encode_float
 from tensortap_analysis.outputs import require_writable
+from tensortap_analysis.rendering import rendered
 from tensortap_analysis.whatif.judging import Expected, WhatIf
 from tensortap_analysis.whatif.tables import by_tensor
 
@@ -48,12 +49,9 @@ def _write_csv(out: Path, found: WhatIf, threshold_db: float) -> None:
 
 
 def _write_markdown(out: Path, found: WhatIf, threshold_db: float) -> None:
-    lines = [f"| {' | '.join(_COLUMNS)} |", "|" + "---|" * len(_COLUMNS)]
-    for row in found.rows:
-        cells = (f"{cell:.4g}" if isinstance(cell, float) else str(cell).replace("|", "\\|")
-                 for cell in asdict(row).values())  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    rows = [asdict(row) for row in found.rows]
+    table = rendered(rows, "markdown", {name: name for name in _COLUMNS})
+    out.write_text(f"{table}\n", encoding="utf-8")
 
 
 def _write_json(out: Path, found: WhatIf, threshold_db: float) -> None:
