@@ -7,15 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm, Normalize, SymLogNorm
+from matplotlib.colors import LogNorm, Normalize
 
 from tensortap_analysis.plots.style import (
     Floats,
     colour_ticks,
-    decades,
     labelled,
-    linear_below,
     say,
+    signed_norm,
 )
 
 ROWS = 48
@@ -52,7 +51,7 @@ def paint(axes: Axes, grid: Grid, title: str, xlabel: str, *, signed: bool = Fal
     if not finite.size:
         say(axes, f"{title}: nothing finite")
         return
-    norm = _norm(finite, signed=signed)
+    norm = signed_norm(finite) if signed else _norm(finite)
     shown = np.where(np.isfinite(grid.values), grid.values, np.nan)
     if isinstance(norm, LogNorm):
         shown = np.where(shown > 0, shown, finite[finite > 0].min())
@@ -77,14 +76,7 @@ def paint(axes: Axes, grid: Grid, title: str, xlabel: str, *, signed: bool = Fal
         bar.minorticks_off()
 
 
-def _norm(finite: Floats, *, signed: bool) -> Normalize:
-    largest = float(np.abs(finite).max()) or 1.0
-    if signed:
-        if decades(finite):
-            return SymLogNorm(
-                max(linear_below(finite), largest * 1e-6), vmin=-largest, vmax=largest
-            )
-        return Normalize(-largest, largest)
+def _norm(finite: Floats) -> Normalize:
     above = finite[finite > 0]
     if above.size and above.max() > 20 * above.min():
         return LogNorm(float(above.min()), float(above.max()))

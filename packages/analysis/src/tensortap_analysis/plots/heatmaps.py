@@ -8,7 +8,6 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import Normalize, SymLogNorm
 
 from tensortap_analysis.plots.samples import Sheet
 from tensortap_analysis.plots.style import (
@@ -17,9 +16,9 @@ from tensortap_analysis.plots.style import (
     colour_ticks,
     decades,
     figure,
-    linear_below,
     save,
     say,
+    signed_norm,
 )
 
 
@@ -43,11 +42,7 @@ def draw(sheet: Sheet, path: Path, title: str, axes_words: tuple[str, str]) -> P
 
 def image(axes: Axes, values: Floats, **how: Any) -> None:
     """Red above 0, blue below; colours are logarithmic where the values span decades."""
-    finite = values[np.isfinite(values)]
-    largest = float(np.abs(finite).max()) or 1.0
-    norm: Normalize = Normalize(-largest, largest)
-    if decades(finite):
-        norm = SymLogNorm(max(linear_below(finite), largest * 1e-6), vmin=-largest, vmax=largest)
+    norm = signed_norm(values[np.isfinite(values)])
     colours = mpl.colormaps["RdBu_r"].with_extremes(bad="#00cc44")
     shown = np.where(np.isfinite(values), values, np.nan)
     drawn = axes.imshow(

@@ -19,10 +19,10 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 
 Floats = npt.NDArray[np.float64]
 
-BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW, GREY = (
-    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#777777",
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
+    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#777777",
 )  # fmt: skip
-"""The palette of Okabe and Ito, told apart under colour blindness too."""
+"""Of the palette of Okabe and Ito, told apart under colour blindness too."""
 COLOURS = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY)
 
 LOOK: Any = {
@@ -94,6 +94,15 @@ def linear_below(values: Floats) -> float:
     """Where a symmetric logarithmic axis becomes linear: most values are beyond it."""
     sizes = np.abs(values[values != 0])
     return float(np.quantile(sizes, 0.05)) if sizes.size else 1.0
+
+
+def signed_norm(finite: Floats) -> Normalize:
+    """Colours on both sides of 0, logarithmic where the values span decades."""
+    largest = float(np.abs(finite).max()) or 1.0
+    if not decades(finite):
+        return Normalize(-largest, largest)
+    linear = max(linear_below(finite), largest * 1e-6)
+    return SymLogNorm(linear, vmin=-largest, vmax=largest)
 
 
 def scale(axes: Axes, values: Floats, axis: str) -> list[float] | None:
