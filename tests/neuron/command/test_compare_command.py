@@ -11,6 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.neuron.command.conftest import model_of
+
+import tensortap
 
 SHAPE = (1, 5, 16)
 
@@ -278,3 +281,17 @@ def test_without_tensortap_analysis_the_error_says_what_to_install(tt, ref, monk
     code, _, error = tt("neuron", "compare", "--gpu-path", ref, "--neuron-path", ref)
     assert code == 2
     assert 'pip install "tensortap[analysis]"' in error
+
+
+def test_forwards_of_generated_tokens_are_told_apart(tt, tmp_path):
+    model, ids = model_of("llama"), torch.tensor([[5, 6, 7]])
+    for side in ("gpu", "port"):
+        select = "re:layers\\.0/forward/output"
+        with tensortap.attach(model, tmp_path / side, select=select, values="full"):
+            model.generate(ids, max_new_tokens=2, do_sample=False)
+    code, found = compare(tt, tmp_path / "gpu", tmp_path / "port")
+    assert code == 0
+    rows = found["prompts"][0]["layers"]
+    assert [(row["layer"], row["microbatch"]) for row in rows] == [("layer 0", 0), ("layer 0", 1)]
+    given = ("--gpu-path", tmp_path / "gpu", "--neuron-path", tmp_path / "port")
+    assert "layer 0 (step 0 microbatch 1)" in tt("neuron", "compare", *given)[1]

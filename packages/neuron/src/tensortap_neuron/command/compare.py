@@ -55,7 +55,7 @@ def compare(
         ports = stack.enter_context(opened(neuron_path, "--neuron-path"))
         noises = stack.enter_context(opened(noise, "--noise")) if noise is not None else None
         trios, alone = matched(refs, ports, noises)
-        with printing.progress_of(len(trios), "comparing") as progress:
+        with printing.progress() as progress:
             results = all_compared(trios, layer_pattern, chosen, progress)
         written = [] if stem is None else reporting.write(stem, results, alone, chosen)
     if as_json:

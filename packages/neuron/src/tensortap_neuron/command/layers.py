@@ -67,9 +67,9 @@ def layers(
     found = tokenized(prompt, model)
     runner, about = how.ready()
     results = []
-    with printing.progress_of(len(found), "capturing") as progress:
+    with printing.progress() as progress:
         for one in found:
-            progress(f"prompt {one.number}")
+            progress(f"capturing prompt {one.number}", one.number, len(found))
             folder, lost = capture(runner, one, out, about)
             with tensortap.open_run(folder / RUN) as run:
                 results.append((one, described(folder, run, runner.places, lost)))

@@ -65,19 +65,14 @@ def cell(value: object) -> str:
 
 
 @contextmanager
-def progress_of(total: int | None, what: str) -> Iterator[Callable[[str], None]]:
-    """A bar on stderr where somebody watches; call what it gives before each piece of work."""
+def progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr where somebody watches; call with what is done now, how much of how much."""
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     )  # fmt: skip
     hidden = not _err.is_terminal  # A bar that nobody sees leaves an empty line.
-    with Progress(*columns, console=_err, transient=True, disable=hidden) as progress:
-        task = progress.add_task(what, total=total)
-        begun = False
-
-        def advance(description: str) -> None:
-            nonlocal begun
-            progress.update(task, description=description, advance=1 if begun else 0)
-            begun = True
-
-        yield advance
+    with Progress(*columns, console=_err, transient=True, disable=hidden) as shown:
+        task = shown.add_task("", total=None)
+        yield lambda what, done, total: shown.update(
+            task, description=what, completed=done, total=total
+        )

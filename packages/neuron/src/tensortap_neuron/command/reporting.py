@@ -9,14 +9,8 @@ from typing import Any
 
 from tensortap.errors import ConfigError
 from tensortap_neuron.command import printing
-from tensortap_neuron.command.comparing import (
-    HEADINGS,
-    PRESETS,
-    WITH_NOISE,
-    Result,
-    Row,
-    named,
-)
+from tensortap_neuron.command.comparing import PRESETS, Result, named
+from tensortap_neuron.command.rows import HEADINGS, WITH_NOISE, Row
 
 _WORDS = {0: "the port agrees with the reference", 1: "the port differs", 2: "nobody can say"}
 _SUFFIXES = (".json", ".html", ".htm")
