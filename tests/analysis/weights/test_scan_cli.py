@@ -119,7 +119,7 @@ def test_thresholds_can_be_replaced(cli, folder):
 
 def test_methods_and_selection_narrow_a_scan(cli, folder):
     _, out, _ = cli("scan", folder, "--methods", "norms", "--select", "lm_head")
-    assert "1 matrices, 0 vectors" in out
+    assert "1 matrix, 0 vectors" in out
     assert "condition" not in out.splitlines()[0]
     assert "Not judged, for it was not measured: spectral, quantization, sparsity." in out
 
