@@ -74,12 +74,13 @@ def read_metadata(path: Path) -> tuple[dict[str, Any], dict[Any, Any]]:
         with found.open("rb") as file:
             content = _Unpickler(file).load()
         described, places = content.state_dict_metadata, content.storage_data
-        names = [(str(index.fqn), place) for index, place in places.items()]
+        if not all(isinstance(index.fqn, str) for index in places):
+            raise ValueError("its chunks are not named")
     except Exception as failure:
         # A broken pickle may raise anything; whatever it is, the file is no metadata.
         said = str(failure) or type(failure).__name__
         raise CheckpointError(f"{path} is not read: {said}.") from None
-    if not isinstance(described, dict) or not all(isinstance(name, str) for name in described):
+    tables = isinstance(described, dict) and isinstance(places, dict)
+    if not tables or not all(isinstance(name, str) for name in described):
         raise CheckpointError(f"{path} is not read: it lists no tensors by name.")
-    del names
     return described, places
