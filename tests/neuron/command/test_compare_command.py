@@ -263,6 +263,7 @@ def test_the_report_is_json_and_a_page_for_each_prompt(tt, tmp_path):
         (("--preset", "strict"), "--preset strict: write one of port, classic, noise"),
         (("--layer-pattern", "block_*"), "'block_*' matches no layer"),
         (("--report-path", "/nowhere/at/all.json"), "there is no folder /nowhere/at"),
+        (("--report-path", "/proc/report.json"), "--report-path /proc/report.json: "),
         (("--neuron-path", "/nowhere"), "--neuron-path /nowhere: neither a run"),
         (("--noise", "/nowhere"), "--noise /nowhere: neither a run"),
     ],
@@ -295,3 +296,17 @@ def test_forwards_of_generated_tokens_are_told_apart(tt, tmp_path):
     assert [(row["layer"], row["microbatch"]) for row in rows] == [("layer 0", 0), ("layer 0", 1)]
     given = ("--gpu-path", tmp_path / "gpu", "--neuron-path", tmp_path / "port")
     assert "layer 0 (step 0 microbatch 1)" in tt("neuron", "compare", *given)[1]
+
+
+def test_statistics_alone_prove_a_difference_and_never_that_a_port_is_right(tt, tmp_path):
+    model, ids = model_of("llama"), torch.tensor([[5, 6, 7]])
+    names = "embed/forward/output,layers.0/forward/output"
+    for side, off in (("gpu", 0.0), ("port", 1e-5), ("broken", 5.0)):
+        with torch.no_grad():
+            model.model.embed_tokens.weight.add_(off)
+            with tensortap.attach(model, tmp_path / side, select=names, values="stats"):
+                model(ids)
+    code, found = compare(tt, tmp_path / "gpu", tmp_path / "port")
+    assert (code, found["prompts"][0]["verdict"]) == (2, "incomparable")
+    code, found = compare(tt, tmp_path / "gpu", tmp_path / "broken")
+    assert (code, found["prompts"][0]["verdict"]) == (1, "differ")

@@ -126,12 +126,21 @@ def _one(result: Result) -> dict[str, Any]:
 
 
 def stem_of(path: Path) -> Path:
-    """`--report-path` without the suffix of a report; raises `ConfigError` where none can be."""
+    """`--report-path` without the suffix of a report; `report` in a folder.
+
+    Raises `ConfigError` where a file cannot be made, before anything is compared.
+    """
     stem = path.with_suffix("") if path.suffix.lower() in _SUFFIXES else path
     if path.is_dir():
         stem = path / "report"
     if not stem.absolute().parent.is_dir():
         raise ConfigError(f"--report-path {path}: there is no folder {stem.parent}.")
+    probe = stem.with_name(f".{stem.name}.partial")
+    try:
+        probe.touch()
+    except OSError as failure:
+        raise ConfigError(f"--report-path {path}: {failure.strerror}.") from failure
+    probe.unlink()
     return stem
 
 
