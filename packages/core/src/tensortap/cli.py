@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
 from itertools import islice
@@ -23,6 +23,7 @@ from rich.markup import escape
 from rich.progress import Progress
 
 import tensortap
+from tensortap.coverage import coverage_report
 from tensortap.doctor import examine
 from tensortap.errors import PluginError, RunError, TensortapError
 from tensortap.layouts import layout
@@ -30,7 +31,7 @@ from tensortap.plugins import COMMANDS, load_plugin
 from tensortap.selection import Selection
 from tensortap.store import Run, RunDirectorySink, open_run, recover
 from tensortap.store.codec import encode_record
-from tensortap.tables import grouped, print_whole, record_table
+from tensortap.tables import by_reason, grouped, print_whole, record_table
 
 app = typer.Typer(
     name="tensortap",
@@ -159,14 +160,14 @@ def _uncovered(run: Run) -> dict[str, Any]:
     """What can be said of a run that died before it wrote its coverage report."""
     captured = Counter(str(record.name) for record in run.records())
     reason = "the process ended before it wrote its coverage, so what is missing is not known"
-    return {
-        "complete": False,
-        "steps": len(run.steps),
-        "records": captured.total(),
-        "captured": dict(sorted(captured.items())),
-        "gaps": [{"name": "*", "reason": reason, "count": 1}],
-        "notes": [],
-    }
+    return coverage_report(
+        complete=False,
+        steps=len(run.steps),
+        records=captured.total(),
+        captured=captured,
+        gaps=Counter({("*", reason): 1}),
+        notes=Counter(),
+    )
 
 
 def _print_coverage(report: dict[str, Any], problems: list[str]) -> None:
@@ -242,17 +243,9 @@ def _print_moved(line: str, moved: Any, as_json: bool) -> None:
         _print_json(counts | {"skipped": list(moved.skipped)})
     else:
         _out.print(line, highlight=False, markup=False)
-        for reason, names in _by_reason(moved.skipped).items():
-            shown = names[0] + (f" and {len(names) - 1:,} more" if len(names) > 1 else "")
-            _out.print(f"skipped {shown}: {reason}", highlight=False, markup=False)
+        for skipped in by_reason(moved.skipped):
+            _out.print(f"skipped {skipped}", highlight=False, markup=False)
     raise typer.Exit(1 if moved.skipped else 0)
-
-
-def _by_reason(skipped: Iterable[str]) -> dict[str, list[str]]:
-    groups: dict[str, list[str]] = {}
-    for name, _, reason in (line.partition(": ") for line in skipped):
-        groups.setdefault(reason, []).append(name)
-    return groups
 
 
 @contextmanager

@@ -52,14 +52,34 @@ class Coverage:
 
     def report(self, *, steps: int) -> Mapping[str, Any]:
         """As written to `coverage.json`."""
-        return {
-            "complete": not self._gaps,
-            "steps": steps,
-            "records": self.total,
-            "captured": dict(sorted(self._captured.items())),
-            "gaps": _rows(self._gaps),
-            "notes": _rows(self._notes),
-        }
+        return coverage_report(
+            complete=not self._gaps,
+            steps=steps,
+            records=self.total,
+            captured=self._captured,
+            gaps=self._gaps,
+            notes=self._notes,
+        )
+
+
+def coverage_report(
+    *,
+    complete: bool,
+    steps: int,
+    records: int,
+    captured: Counter[str],
+    gaps: Counter[tuple[str, str]],
+    notes: Counter[tuple[str, str]],
+) -> dict[str, Any]:
+    """A report as plain JSON; gaps and notes are counted by name and reason."""
+    return {
+        "complete": complete,
+        "steps": steps,
+        "records": records,
+        "captured": dict(sorted(captured.items())),
+        "gaps": _rows(gaps),
+        "notes": _rows(notes),
+    }
 
 
 def explain_absences(coverage: Coverage, sites: Iterable[Site], *, explicit: bool) -> None:

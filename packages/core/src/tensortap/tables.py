@@ -59,6 +59,16 @@ def _count(value: int) -> str:
     return f"[red]{value:,}[/]" if value else "0"
 
 
+def by_reason(lines: Iterable[str]) -> Iterator[str]:
+    """Lines `name: reason` as one for each reason: `a.pt and 3 more: it is damaged`."""
+    groups: dict[str, list[str]] = {}
+    for name, _, reason in (line.partition(": ") for line in lines):
+        groups.setdefault(reason, []).append(name)
+    for reason, names in groups.items():
+        more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
+        yield f"{names[0]}{more}: {reason}"
+
+
 def grouped(rows: Iterable[tuple[str, str, int]]) -> Iterator[str]:
     """One line for what happened alike in many layers: `layers.*.attn.core (32 names): …`."""
     groups: dict[tuple[str, str], list[tuple[str, int]]] = {}

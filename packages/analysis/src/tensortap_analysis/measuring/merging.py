@@ -8,14 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tensortap.records import Placement, Segment, Statistics, TensorRecord
+from tensortap.store.lookup import without_replicas
 from tensortap_analysis.captured.moments import Captured
 from tensortap_analysis.pairs.reasons import NotComparable
 
 Held = tuple[tuple[int, tuple[Segment, ...]], ...]
 """Which stretches of which axes; nothing for axes that are held whole."""
-
-_REPLICAS = ("dp", "edp")
-"""Groups of data-parallel ranks: where one of those is asked for, nothing is summed over them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +102,7 @@ def _require_countable(record: TensorRecord, found: Captured) -> None:
 
 def groups_to_sum(place: Placement, found: Captured) -> tuple[str, ...]:
     """The groups that pieces are summed over, where this one data-parallel rank is compared."""
-    if found.moment.dp_rank is None:
-        return place.partial
-    return tuple(group for group in place.partial if group not in _REPLICAS)
+    return place.partial if found.moment.dp_rank is None else without_replicas(place.partial)
 
 
 def is_padded(place: Placement, shape: Sequence[int]) -> bool:

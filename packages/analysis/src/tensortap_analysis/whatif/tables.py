@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tensortap import formats as known
-from tensortap.tables import print_whole
+from tensortap.tables import by_reason, print_whole
 from tensortap_analysis.whatif.judging import Expected, WhatIf
 
 
@@ -82,7 +82,7 @@ def show(found: WhatIf, wanted: Sequence[str], threshold_db: float, limit: int) 
     print_whole(table, console)
     for line in _footer(found, len(tensors), limit):
         console.print(line, style="dim", highlight=False, markup=False)
-    for line in _grouped(found.skipped):
+    for line in by_reason(found.skipped):
         console.print(f"not judged: {line}", highlight=False, markup=False, style="yellow")
 
 
@@ -96,17 +96,6 @@ def _footer(found: WhatIf, tensors: int, limit: int) -> list[str]:
     if limit and tensors > limit:
         lines.append(f"… and {tensors - limit:,} more that suffer less: raise --limit.")
     return lines
-
-
-def _grouped(skipped: tuple[str, ...]) -> list[str]:
-    """One line for each reason, with how many tensors it holds for."""
-    reasons: dict[str, list[str]] = {}
-    for name, _, reason in (line.partition(": ") for line in skipped):
-        reasons.setdefault(reason, []).append(name)
-    return [
-        f"{names[0]}{f' and {len(names) - 1:,} more' if len(names) > 1 else ''}: {reason}"
-        for reason, names in reasons.items()
-    ]
 
 
 def _cell(row: Expected, threshold_db: float) -> str:

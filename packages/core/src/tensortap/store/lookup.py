@@ -144,10 +144,15 @@ _REPLICAS = ("dp", "edp")
 """Groups of data-parallel ranks; experts have one of their own."""
 
 
+def without_replicas(groups: Iterable[str]) -> tuple[str, ...]:
+    """The groups to sum over where a single data-parallel rank is asked for."""
+    return tuple(group for group in groups if group not in _REPLICAS)
+
+
 def _of_one_replica(placement: Placement | None) -> Placement | None:
-    if placement is None or not set(placement.partial) & set(_REPLICAS):
-        return placement
-    return replace(placement, partial=tuple(g for g in placement.partial if g not in _REPLICAS))
+    if placement is None:
+        return None
+    return replace(placement, partial=without_replicas(placement.partial))
 
 
 def dp_rank_of(info: RunInfo) -> int:

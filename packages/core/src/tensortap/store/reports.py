@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tensortap.coverage import coverage_report
 from tensortap.errors import RunCorrupt
 from tensortap.store.fields import array, flag, integer, mapping, text, whole
 
@@ -33,14 +34,14 @@ def merge_coverage(reports: Mapping[Path, Mapping[str, Any]]) -> dict[str, Any]:
             notes.update(_rows(report, "notes"))
         except ValueError as failure:
             raise RunCorrupt(f"{path}: {failure}.") from failure
-    return {
-        "complete": complete,
-        "steps": steps,
-        "records": records,
-        "captured": dict(sorted(captured.items())),
-        "gaps": _listed(gaps),
-        "notes": _listed(notes),
-    }
+    return coverage_report(
+        complete=complete,
+        steps=steps,
+        records=records,
+        captured=captured,
+        gaps=gaps,
+        notes=notes,
+    )
 
 
 def _captured(report: Mapping[str, Any]) -> dict[str, int]:
@@ -56,10 +57,3 @@ def _rows(report: Mapping[str, Any], key: str) -> dict[tuple[str, str], int]:
         what = text(row, "name"), text(row, "reason")
         found[what] = found.get(what, 0) + integer(row, "count", 1)
     return found
-
-
-def _listed(counts: Counts) -> list[dict[str, Any]]:
-    return [
-        {"name": name, "reason": reason, "count": count}
-        for (name, reason), count in sorted(counts.items())
-    ]
