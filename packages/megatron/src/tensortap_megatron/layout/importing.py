@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -45,40 +46,64 @@ class Entry:
 
 
 def load_folder(folder: Path, sink: TensorSink, progress: Progress) -> Moved:
-    """Read `folder` into an unopened sink, after every file was found readable.
+    """Read `folder` into an unopened sink; files that cannot be read are skipped, and are gaps.
 
     Each rank of a run directory gets a sink of its own, as in a capture; any other sink is opened
-    once and gets the records of all ranks. Raises `RunError` naming the file that is wrong.
+    once and gets the records of all ranks. Raises `RunError` where no file can be read, or where
+    what the folder says of its run is wrong.
     """
-    entries = _scan(folder)
+    broken: dict[Path, str] = {}
+    entries = _scan(folder, broken)
     if not entries:
-        deeper = sorted({path.parent.name for path in folder.glob("*/*.pt")})
-        hint = (
-            f"import its subfolders one by one: {', '.join(deeper[:5])}"
-            if deeper
-            else ("is it a folder of the layout 'megatron-pt'?")
-        )
-        raise RunError(f"{folder} holds no .pt files; {hint}")
+        raise _nothing(folder, broken)
     infos = _infos(folder, entries)
     told = _told(folder)
     done = 0
-    for target, info, some in _shared_out(sink, infos, entries):
-        done = _fill(target, info, some, told, progress, done)
+    shares = _shared_out(sink, infos, entries)
+    for number, (target, info, some) in enumerate(shares, start=1):
+        with filling(target, info):
+            done = _fill(target, some, broken, progress, done)
+            if not done and number == len(shares):
+                raise _nothing(folder, broken)
+            if isinstance(target, CoverageSink):
+                target.cover(merge_coverage({Path(): _report(some, broken), **told}))
         told = {}  # Said once, with the first rank.
-    return Moved(done, done)
+    return Moved(done, done, tuple(f"{path.name}: {why}" for path, why in broken.items()))
 
 
-def _scan(folder: Path) -> list[Entry]:
+def _nothing(folder: Path, broken: Mapping[Path, str]) -> RunError:
+    """Why nothing of a folder can be imported."""
+    for path, why in broken.items():
+        return RunError(f"{path} {why}.")
+    deeper = sorted({path.parent.name for path in folder.glob("*/*.pt")})
+    if deeper:
+        hint = f"import its subfolders one by one: {', '.join(deeper[:5])}"
+    else:
+        hint = "is it a folder of the layout 'megatron-pt'?"
+    return RunError(f"{folder} holds no .pt files; {hint}")
+
+
+def _scan(folder: Path, broken: dict[Path, str]) -> list[Entry]:
+    """Every file that can be read, in order; why not of the others is in `broken`."""
     if not folder.is_dir():
         raise RunError(f"There is no folder {folder}.")
-    found = [
-        _entry(path, rank)
-        for rank, where in rank_folders(folder).items()
-        for path in sorted(where.glob("*.pt"))
-        if not path.name.startswith(".")
-    ]
+    found = []
+    for rank, where in rank_folders(folder).items():
+        for path in sorted(where.glob("*.pt")):
+            if not path.name.startswith("."):
+                with _noting(path, broken):
+                    found.append(_entry(path, rank))
     described = [entry for entry in found if entry.old is None]
     return described + _numbered([entry for entry in found if entry.old is not None], described)
+
+
+@contextmanager
+def _noting(path: Path, broken: dict[Path, str]) -> Iterator[None]:
+    """What is wrong with one file is noted and goes no further."""
+    try:
+        yield
+    except RunError as error:
+        broken[path] = str(error).partition("\n")[0].removeprefix(f"{path} ").rstrip(".")
 
 
 def _entry(path: Path, rank: int) -> Entry:
@@ -171,7 +196,7 @@ def _told(folder: Path) -> dict[Path, Mapping[str, Any]]:
 
 def _shared_out(
     sink: TensorSink, infos: dict[int, RunInfo], entries: list[Entry]
-) -> Iterable[tuple[TensorSink, RunInfo, list[Entry]]]:
+) -> list[tuple[TensorSink, RunInfo, list[Entry]]]:
     """Which sink gets which records, in order of execution."""
     ordered = sorted(entries, key=lambda e: (e.record.at.step, e.record.seq, e.record.at.rank))
     return [
@@ -182,24 +207,29 @@ def _shared_out(
 
 def _fill(
     sink: TensorSink,
-    info: RunInfo,
     entries: list[Entry],
-    told: Mapping[Path, Mapping[str, Any]],
+    broken: dict[Path, str],
     progress: Progress,
     done: int,
 ) -> int:
-    """Write the records into one sink; returns how many there are now."""
-    coverage, steps = Coverage(), 0
-    with filling(sink, info):
-        for step, some in groupby(entries, key=lambda entry: entry.record.at.step):
-            for entry in some:
+    """Write the records into one open sink; returns how many there are now."""
+    for step, some in groupby(entries, key=lambda entry: entry.record.at.step):
+        for entry in some:
+            with _noting(entry.path, broken):
                 sink.write(*load(entry.path, entry.record))
-                coverage.captured(str(entry.record.name))
-                if entry.old is not None:
-                    coverage.note(entry.record.name.module, _UNPAIRED)
                 progress(done := done + 1)
-            sink.end_step(step)
-            steps += 1
-        if isinstance(sink, CoverageSink):
-            sink.cover(merge_coverage({Path(): coverage.report(steps=steps), **told}))
+        sink.end_step(step)
     return done
+
+
+def _report(entries: list[Entry], broken: Mapping[Path, str]) -> Mapping[str, Any]:
+    """What came into one sink, and what could not be read."""
+    coverage = Coverage()
+    for entry in entries:
+        if entry.path not in broken:
+            coverage.captured(str(entry.record.name))
+            if entry.old is not None:
+                coverage.note(entry.record.name.module, _UNPAIRED)
+    for path, why in broken.items():
+        coverage.gap(path.name, why)
+    return coverage.report(steps=len({entry.record.at.step for entry in entries}))
