@@ -14,6 +14,7 @@ from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
 import tensortap
+from tensortap_neuron.command import calling, capturing
 from tensortap_neuron.command.naming import places_of
 
 TEXT = "Paris is"
@@ -236,3 +237,21 @@ def test_the_vision_tower_beside_a_decoder_is_left_out():
     assert [place.title for place in places_of(model)] == [
         "embedding", "layer 0", "layer 1", "layer 2", "final norm",
     ]  # fmt: skip
+
+
+def test_a_capture_that_stops_half_way_is_told_and_makes_the_exit_code_1(
+    tt, checkpoint, tmp_path, monkeypatch
+):
+    original = calling.forward
+
+    def without_the_last_layer(model, ids):
+        model.model.config.num_hidden_layers = 2
+        original(model, ids)
+
+    monkeypatch.setattr(capturing, "forward", without_the_last_layer)
+    code, printed, _ = tt(
+        "neuron", "layers", "--model", checkpoint(), "--prompt", TEXT, "--out", tmp_path / "out"
+    )
+    assert code == 1
+    assert "layer 2: a container without a call of its own" in printed
+    assert not (tmp_path / "out" / "prompt-0" / "layers-pt" / "layer_2_output.pt").exists()

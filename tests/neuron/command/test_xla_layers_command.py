@@ -75,3 +75,19 @@ def test_the_files_of_older_scripts_come_from_xla_as_well(xla, tt, checkpoint, t
     about = torch.load(folder / "metadata.pt", weights_only=True)
     assert about["prompt"] == TEXT
     assert about["statistics"]["layer_2"]["has_nan"] is False
+
+
+def test_a_model_that_reads_a_value_is_captured_right_and_told_about(xla, tmp_path: Path):
+    model = model_of("llama")
+    prompt = Prompt(0, TEXT, tuple(TEXT.encode()), "bytes")
+    Module(model, torch.device("cpu"), places_of(model)).capture(prompt, tmp_path / "cpu", {})
+    layer = model.model.layers[1]
+    layer.register_forward_hook(lambda module, given, made: made.sum().item() and None)
+    runner = Module(xla.put(model), xla.device, places_of(model))
+    with pytest.warns(tensortap.CaptureWarning, match="read a value"):
+        runner.capture(prompt, tmp_path / "xla", {})
+    with tensortap.open_run(tmp_path / "cpu") as one, tensortap.open_run(tmp_path / "xla") as two:
+        assert two.complete
+        assert one.names() == two.names()
+        for name in one.names():
+            assert torch.allclose(one.tensor(name), two.tensor(name), atol=1e-5), name

@@ -94,4 +94,5 @@ def capture(
         partial.rename(final)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return final, moved.skipped
+    # What the run itself lacks, the run says.
+    return final, tuple(line for line in moved.skipped if not line.startswith(str(partial)))

@@ -116,10 +116,12 @@ def _lacks(
     run: Run, expected: Sequence[Place], found: dict[str, Layer], lost: Sequence[str]
 ) -> Iterator[str]:
     yield from run.problems
-    gaps = {str(row["name"]): str(row["reason"]) for row in run.coverage().get("gaps", ())}
+    report = run.coverage()
+    told = [*report.get("notes", ()), *report.get("gaps", ())]
+    reasons = {str(row["name"]): str(row["reason"]) for row in told}
     for one in expected:
         if one.name not in found:
             module = one.name.partition("/")[0]
-            why = gaps.get(one.name) or gaps.get(module) or "it was not captured"
+            why = reasons.get(one.name) or reasons.get(module) or "it was not captured"
             yield f"{one.title}: {why}"
     yield from (f"not exported: {line}" for line in lost)
