@@ -71,8 +71,8 @@ def undeclared(found: Sequence[Equality]) -> list[str]:
             kinds += [[name] for name in group if not any(name in kind for kind in kinds)]
             said = " and ".join(" = ".join(kind) for kind in kinds)
             sentences.append(
-                f"{said} are bitwise equal in every output, though they are different modes: "
-                "they do not differ on these inputs, or one of them is not what it says."
+                f"{said} are equal in every output too, which they do not declare: these inputs "
+                "do not tell the modes apart, or one of them is not what it says."
             )
     return sentences
 
