@@ -208,7 +208,7 @@ def test_modes_that_are_equal_though_nobody_declared_it_are_named(
         "--out", tmp_path / "runs", "--json",
     )  # fmt: skip
     assert code == 0
-    assert "none and nothing are bitwise equal in every output, though" in warnings
+    assert "none and nothing are equal in every output too, which they do not declare" in warnings
     [found] = json.loads(printed)["equalities"]
     assert (found["one"], found["other"], found["kind"]) == ("none", "nothing", "undeclared")
 
@@ -242,7 +242,7 @@ def test_declared_and_undeclared_equalities_are_told_apart() -> None:
     ]
     assert declared(pairs) == "Bitwise equal, as declared: 0 = 2-0; 2-1 = 2-2."
     [sentence] = undeclared(pairs)
-    assert sentence.startswith("0 = 2-0 and 2-1 = 2-2 are bitwise equal in every output")
+    assert sentence.startswith("0 = 2-0 and 2-1 = 2-2 are equal in every output too")
     assert declared(pairs[4:]) is None
     assert undeclared([pairs[0], *pairs[3:]]) == []
 
