@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from tensortap.choices import tensors_of
 from tensortap.integration import Site
 from tensortap_megatron import experts, linears, operands
-from tensortap_megatron.facts import Facts
+from tensortap_megatron.facts import Facts, configured
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +77,11 @@ _MIXER: Mapping[str, Kind] = {
 
 def modules(facts: Facts) -> dict[str, Kind]:
     """Modules that some rank of the model has, by canonical name; empty when this one has all."""
-    stages = max(facts.parallel["pp"].size, _count(facts, "pipeline_model_parallel_size"))
-    if max(stages, facts.parallel["ep"].size, _count(facts, "expert_model_parallel_size")) == 1:
+    stages = configured(facts.config, "pipeline_model_parallel_size")
+    shares = configured(facts.config, "expert_model_parallel_size")
+    if max(stages, shares, facts.parallel["pp"].size, facts.parallel["ep"].size) == 1:
         return {}
-    layers = range(_count(facts, "num_layers"))
+    layers = range(configured(facts.config, "num_layers"))
     found = dict(_EDGES)
     for word, kind in _words(facts):
         tail = f".{word}" if word else ""
@@ -94,7 +95,7 @@ def names(sites: Sequence[Site], facts: Facts) -> list[str]:
     if not everywhere:
         return []
     found = dict.fromkeys(name for module, kind in everywhere.items() for name in _of(module, kind))
-    layers = _count(facts, "num_layers")
+    layers = configured(facts.config, "num_layers")
     for site in sites:
         for number in range(layers) if _NUMBER.search(site.name) else (0,):
             name = _NUMBER.sub(f"layers.{number}", site.name)
@@ -114,10 +115,10 @@ def _words(facts: Facts) -> Iterator[tuple[str, Kind]]:
         yield from (("attn.q_norm", _NORM), ("attn.k_norm", _NORM))
     if facts.mixers:
         yield from _MIXER.items()
-    if _count(facts, "num_moe_experts"):
+    if configured(facts.config, "num_moe_experts"):
         yield from (("mlp.router", _NORM), ("mlp.experts", _ROUTED))
         yield from _mlp("mlp.shared_expert", facts)
-        for expert in range(_count(facts, "num_moe_experts")):
+        for expert in range(configured(facts.config, "num_moe_experts")):
             yield from _mlp(f"mlp.experts.{expert}", facts)
 
 
@@ -131,10 +132,6 @@ def _up(name: str, facts: Facts) -> Iterator[tuple[str, Kind]]:
     gated = getattr(facts.config, "gated_linear_unit", False)
     for word in ("gate_up", "gate", "up") if gated else ("up",):
         yield f"{name}.{word}", _LINEAR
-
-
-def _count(facts: Facts, word: str) -> int:
-    return int(getattr(facts.config, word, None) or 0)
 
 
 def _of(module: str, kind: Kind) -> Iterator[str]:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from tensortap.wrappers import unwrap
+from tensortap_megatron.naming import is_a
 from tensortap_megatron.parallel import Group, Parallel, parallel_of
 from tensortap_megatron.shards import Cut, sequence, split
 
@@ -40,7 +41,7 @@ class Facts:
             bool(getattr(found, "pre_process", True)),
             bool(getattr(found, "post_process", True)),
             bool(getattr(found, "share_embeddings_and_output_weights", False)),
-            mixers=any(kind.__name__ == "MambaModel" for kind in type(found).__mro__),
+            mixers=is_a(found, "MambaModel"),
             padded_vocabulary=getattr(found, "vocab_size", None),
         )
 
@@ -73,6 +74,11 @@ class Facts:
     def replicas(self) -> tuple[str, ...]:
         """Groups whose ranks see different tokens: gradients of parameters are sums over them."""
         return tuple(name for name in ("dp", "cp") if self.parallel[name].size > 1)
+
+
+def configured(config: object, word: str) -> int:
+    """A number of a configuration; 0 where it is absent or `None`."""
+    return int(getattr(config, word, None) or 0)
 
 
 def _vocabulary(model: Any) -> int | None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import nn
-
 from tensortap.integration import Observer, Site
+from tensortap_megatron.naming import is_a
 
 _ONE_KERNEL = (
     "the convolution and the scan run as one kernel, which shows nothing in between: what goes in "
@@ -22,7 +21,7 @@ def explain(sites: Sequence[Site], observer: Observer) -> None:
     """Say in the coverage report what no hook can see of the wanted mixers."""
     wanted = [site.name for site in sites if observer.wants(site)]
     for site in sites:
-        if site.kind == "module" and _is_mixer(site.module) and _any_in(wanted, site.name):
+        if site.kind == "module" and is_a(site.module, "MambaMixer") and _any_in(wanted, site.name):
             fused = bool(getattr(site.module, "use_mem_eff_path", False))
             reason = _ONE_KERNEL if fused else _NO_MODULE
             for word in ("scan", "conv", "act") if fused else ("scan",):
@@ -31,7 +30,3 @@ def explain(sites: Sequence[Site], observer: Observer) -> None:
 
 def _any_in(names: Sequence[str], mixer: str) -> bool:
     return any(name == mixer or name.startswith(f"{mixer}.") for name in names)
-
-
-def _is_mixer(module: nn.Module) -> bool:
-    return any(kind.__name__ == "MambaMixer" for kind in type(module).__mro__)

@@ -123,8 +123,12 @@ class _Grammar:
 
 def is_layer(module: Any) -> bool:
     """Is it a layer, of any kind? Parts of a layer know its number as well."""
-    kinds = ("TransformerLayer", "MambaLayer")
-    return any(kind.__name__ in kinds for kind in type(module).__mro__)
+    return is_a(module, "TransformerLayer", "MambaLayer")
+
+
+def is_a(module: Any, *classes: str) -> bool:
+    """Is its class, or one that this derives from, of one of these names?"""
+    return any(kind.__name__ in classes for kind in type(module).__mro__)
 
 
 def _is_layer_list(path: str, paths: Mapping[str, nn.Module]) -> bool:

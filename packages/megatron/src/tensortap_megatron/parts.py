@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from tensortap.records import Part, Segment
-from tensortap_megatron.facts import Facts
-from tensortap_megatron.naming import Named
+from tensortap_megatron.facts import Facts, configured
+from tensortap_megatron.naming import Named, is_a
 from tensortap_megatron.parallel import Group
 from tensortap_megatron.shards import Cut, fused, split
 
@@ -25,18 +25,14 @@ _FUSED_NORM = frozenset({"TELayerNormColumnParallelLinear"})
 _GROUPED = frozenset({"TEColumnParallelGroupedLinear", "TERowParallelGroupedLinear"})
 
 
-def _is_a(module: nn.Module, words: frozenset[str]) -> bool:
-    return any(kind.__name__ in words for kind in type(module).__mro__)
-
-
 def column_parallel(module: nn.Module) -> bool:
     """Is the weight split along its outputs?"""
-    return _is_a(module, _COLUMN)
+    return is_a(module, *_COLUMN)
 
 
 def row_parallel(module: nn.Module) -> bool:
     """Is the weight split along its inputs?"""
-    return _is_a(module, _ROW)
+    return is_a(module, *_ROW)
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -46,12 +42,12 @@ def is_linear(module: nn.Module) -> bool:
 
 def has_norm(module: nn.Module) -> bool:
     """Does Transformer Engine normalise inside of this linear layer?"""
-    return _is_a(module, _FUSED_NORM)
+    return is_a(module, *_FUSED_NORM)
 
 
 def experts_of(module: nn.Module) -> int:
     """How many experts' weights (weight0, weight1, …) a grouped linear layer holds, or none."""
-    return int(getattr(module, "num_gemms", 0)) if _is_a(module, _GROUPED) else 0
+    return int(getattr(module, "num_gemms", 0)) if is_a(module, *_GROUPED) else 0
 
 
 def gated(named: Named, facts: Facts) -> bool:
@@ -95,16 +91,12 @@ def _config(named: Named, facts: Facts) -> object:
 
 def mixer_shares(config: object) -> Sequence[int]:
     """Sizes of z, x, B, C and dt in the input projection of a Mamba mixer."""
-    heads = _number(config, "mamba_num_heads") or (
-        2 * _number(config, "hidden_size") // _number(config, "mamba_head_dim")
+    heads = configured(config, "mamba_num_heads") or (
+        2 * configured(config, "hidden_size") // configured(config, "mamba_head_dim")
     )
-    inner = heads * _number(config, "mamba_head_dim")
-    state = _number(config, "mamba_num_groups") * _number(config, "mamba_state_dim")
+    inner = heads * configured(config, "mamba_head_dim")
+    state = configured(config, "mamba_num_groups") * configured(config, "mamba_state_dim")
     return (inner, inner, state, state, heads)
-
-
-def _number(config: object, word: str) -> int:
-    return int(getattr(config, word, None) or 0)
 
 
 def of_output(named: Named, facts: Facts, axis: int) -> tuple[Part, ...]:
@@ -114,7 +106,7 @@ def of_output(named: Named, facts: Facts, axis: int) -> tuple[Part, ...]:
         stretches = _grouped(_config(named, facts))
         return tuple(Part(f"{parent}.{key}", axis, held) for key, held in stretches.items())
     if word == "gate_up":
-        half = _number(_config(named, facts), _width_word(named))
+        half = configured(_config(named, facts), _width_word(named))
         stretches = {"gate": ((0, half),), "up": ((half, half),)}
         return tuple(Part(f"{parent}.{key}", axis, held) for key, held in stretches.items())
     return ()
@@ -130,8 +122,8 @@ def _width_word(named: Named) -> str:
 
 def _grouped(config: object) -> dict[str, tuple[Segment, ...]]:
     """For each group its query heads, their gates where there are any, one key, one value head."""
-    groups, dim = _number(config, "num_query_groups"), _number(config, "kv_channels")
-    queries = _number(config, "num_attention_heads") // groups * dim
+    groups, dim = configured(config, "num_query_groups"), configured(config, "kv_channels")
+    queries = configured(config, "num_attention_heads") // groups * dim
     widths = {"q": queries, "k": dim, "v": dim}
     if getattr(config, "attention_output_gate", False):
         widths = {"q": queries, "gate": queries, "k": dim, "v": dim}
