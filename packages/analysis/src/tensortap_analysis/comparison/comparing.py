@@ -29,6 +29,8 @@ from tensortap_analysis.pairs.reasons import NotComparable
 Progress = Callable[[int, int], None]
 """Called with the number of tensors compared so far, and of those there are."""
 
+_SAMPLES = 16
+
 
 def compare(
     ref: Source,
@@ -148,6 +150,3 @@ def _typical_bytes(matches: Sequence[Match], ref: Catalogue) -> float:
     """The mean size of a few of the tensors, evenly spread; 0 for statistics."""
     some = matches[:: max(1, len(matches) // _SAMPLES)]
     return sum(ref.moments[match.ref].nbytes for match in some) / max(len(some), 1)
-
-
-_SAMPLES = 16

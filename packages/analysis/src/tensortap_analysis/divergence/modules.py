@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+from tensortap.names import ROOT
 from tensortap_analysis.captured.words import layer_of
 
 _RETURNED = ("output", "context", "probs", "state")
 _RECEIVED_BACKWARD = ("grad_output", "grad_context")
-ROOT = "root"
 
 
 @dataclass(frozen=True, slots=True)

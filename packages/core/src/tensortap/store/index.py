@@ -10,6 +10,7 @@ gap is rebuilt from the lines.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -105,9 +106,9 @@ class IndexBuilder:
 
     def take_names(self) -> bytes:
         """Lines of names.jsonl for the names that are new since the last call."""
-        lines = [encode_line({"name": str(name), "native": native}) for name, native in self._new]
+        lines = _name_lines(self._new)
         self._new.clear()
-        return b"".join(lines)
+        return lines
 
     def index(self, known: Index | None = None) -> Index:
         """`known` and everything added since, as one index in memory."""
@@ -141,15 +142,18 @@ def stored_index_is_whole(directory: Path, size: int) -> bool:
 
 def save_index(directory: Path, index: Index) -> None:
     """Replace both files of the index; raises `OSError`."""
-    lines = [encode_line({"name": str(name), "native": native}) for name, native in index.names]
     # Names first: more names than rows use are harmless, fewer would not be.
-    replace_file(directory / NAMES, b"".join(lines), sync=True)
+    replace_file(directory / NAMES, _name_lines(index.names), sync=True)
     replace_file(directory / INDEX, HEAD + index.rows.tobytes(), sync=True)
 
 
 def count_rows(path: Path) -> int:
     """How many rows index.bin has, whatever they say; raises as `load_index` does not."""
     return len(_map_rows(path))
+
+
+def _name_lines(names: Iterable[Named]) -> bytes:
+    return b"".join(encode_line({"name": str(name), "native": native}) for name, native in names)
 
 
 def _load_names(path: Path) -> tuple[Named, ...]:

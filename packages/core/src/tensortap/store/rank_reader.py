@@ -27,6 +27,8 @@ from tensortap.store.mapping import map_bytes
 from tensortap.store.rows import BAD, pack_row, same_row
 from tensortap.store.scan import Window, decode_of_rank, lines_of
 
+_SAMPLES = 16
+
 
 class StaleIndex(RunCorrupt):
     """A row of the index contradicts its line; after `rebuild` the query is asked again."""
@@ -283,6 +285,3 @@ class RankReader:
             return read_document(self.directory / COVERAGE)
         except FileNotFoundError:
             return None
-
-
-_SAMPLES = 16

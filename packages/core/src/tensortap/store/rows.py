@@ -29,7 +29,8 @@ ROW = np.dtype(
     ]
 )  # fmt: skip
 _PACK = struct.Struct("<IIQII16s5Q8dQQIIQ")  # unsigned: a negative number is refused
-_NOTHING = (0, 0, 0, 0, 0, *[float("nan")] * 8)
+_NAN = float("nan")
+_NOTHING = (0, 0, 0, 0, 0, *[_NAN] * 8)
 _BLOCK = 1 << 16  # rows hashed at once: bounds the temporary memory
 
 
@@ -51,9 +52,6 @@ def pack_row(record: TensorRecord, name: int, offset: int, length: int, line: in
         name, flags_of(record), at.step, at.microbatch, at.call, record.dtype.encode()[:16],
         *numbers, record.seq, offset, length, line, 0,
     )  # fmt: skip
-
-
-_NAN = float("nan")
 
 
 def flags_of(record: TensorRecord) -> int:
