@@ -10,6 +10,9 @@ import typer
 
 from tensortap.errors import ConfigError
 
+RunPath = Annotated[
+    Path, typer.Argument(metavar="RUN", help="A run, or a folder in an importable layout.")
+]
 Noise = Annotated[Path | None, typer.Option(help="A second reference: its error must be accepted.")]
 Thresholds = Annotated[
     list[str] | None,
@@ -17,7 +20,7 @@ Thresholds = Annotated[
         "--threshold", metavar="NAME=VALUE", help="Replace a threshold of the preset: ratio=2."
     ),
 ]
-Select = Annotated[str, typer.Option(help="Names: globs with commas, ! excludes.")]
+Select = Annotated[str, typer.Option(help="Names: globs with commas, ! excludes, re: regex.")]
 Step = Annotated[int | None, typer.Option(help="Only this step.")]
 
 

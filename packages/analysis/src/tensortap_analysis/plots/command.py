@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from tensortap_analysis.options import RunPath, Step
 from tensortap_analysis.progress import told, warn
 
 if TYPE_CHECKING:
@@ -21,9 +22,7 @@ _SHOWN = 10
 
 
 def plot(
-    run: Annotated[
-        Path, typer.Argument(metavar="RUN", help="A run, or a folder in an importable layout.")
-    ],
+    run: RunPath,
     out: Annotated[Path, typer.Option(help="The folder to make; refused when it exists.")],
     against: Annotated[
         Path | None, typer.Option(metavar="REF", help="Compare with this run.")
@@ -35,7 +34,7 @@ def plot(
         ),
     ] = None,
     worst: Annotated[int, typer.Option(min=0, help="How many single tensors to draw.")] = 12,
-    step: Annotated[int | None, typer.Option(help="Only this step.")] = None,
+    step: Step = None,
     causal: Annotated[bool, typer.Option(help="Recompute attention with the causal mask.")] = True,
     layout: Annotated[
         str | None,

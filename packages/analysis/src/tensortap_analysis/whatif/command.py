@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from tensortap.errors import ConfigError, RunError
+from tensortap_analysis.options import RunPath, Select, Step
 from tensortap_analysis.progress import told, warn
 from tensortap_analysis.whatif.files import document, writer
 from tensortap_analysis.whatif.judging import FORMATS, WhatIf, what_if
@@ -18,16 +19,12 @@ from tensortap_analysis.whatif.tables import show
 
 
 def formats(
-    run: Annotated[
-        Path, typer.Argument(metavar="RUN", help="A run, or a folder in an importable layout.")
-    ],
+    run: RunPath,
     names: Annotated[
         str, typer.Option("--formats", help="Formats, with commas between them.")
     ] = ",".join(FORMATS),
-    select: Annotated[
-        str, typer.Option(help="Names: globs with commas, ! excludes, re: regex.")
-    ] = "*",
-    step: Annotated[int | None, typer.Option(help="Only this step.")] = None,
+    select: Select = "*",
+    step: Step = None,
     threshold_db: Annotated[
         float, typer.Option(help="The SQNR that a format must reach to be recommended.")
     ] = 20.0,
