@@ -15,13 +15,13 @@ _LOWER_IS_WORSE = (
 )  # fmt: skip
 _ADDED = (
     "zeros", "near_zeros", "dead_rows", "dead_columns", "duplicated_rows", "nan", "inf", "l1",
-    "outlier_rows", "outlier_columns",
+    "outlier_rows", "outlier_columns", "faint_rows",
 )  # fmt: skip
 """Counts and sums: those of the stack are the sum over its matrices."""
 _SHARES = {"zero_fraction": "zeros", "near_zero_fraction": "near_zeros"}
 _PLACES = (
     "dead_rows_at", "dead_columns_at", "duplicated_rows_at", "outlier_rows_at",
-    "outlier_columns_at",
+    "outlier_columns_at", "faint_rows_at", "largest_at",
 )  # fmt: skip
 _SHOWN = 8
 """So many places are listed, as of a single matrix."""
@@ -53,7 +53,7 @@ def worst(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _places(parts: Sequence[dict[str, Any]]) -> dict[str, list[list[Any]]]:
-    """Where something is, the matrix first; outliers by how far they are."""
+    """Where something is, the matrix first; what stands out by how far it does."""
     found = {}
     for name in (name for name in _PLACES if name in parts[0]):
         places = [
@@ -61,7 +61,7 @@ def _places(parts: Sequence[dict[str, Any]]) -> dict[str, list[list[Any]]]:
             for matrix, part in enumerate(parts)
             for at in part[name]
         ]
-        if name.startswith("outlier"):
+        if name.startswith(("outlier", "largest")):
             places.sort(key=lambda place: -place[-1])
         found[name] = places[:_SHOWN]
     return found
@@ -86,7 +86,6 @@ def _zero(part: dict[str, Any]) -> bool:
 
 def _unresolved(parts: Sequence[dict[str, Any]], spread: dict[str, Any]) -> dict[str, str]:
     """By metric: of a matrix that has no value, else of the one that the value comes from."""
-    given = [part.get("unresolved", {}) for part in parts]
     given = [part.get("unresolved", {}) for part in parts]
     reasons: dict[str, str] = {}
     for metric in dict.fromkeys(metric for some in given for metric in some):

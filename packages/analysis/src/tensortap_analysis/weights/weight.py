@@ -38,6 +38,7 @@ element, zero divided by zero) is `None`, and is named there too. Expected metri
                   near_zero_fraction dead_rows dead_columns duplicated_rows
     norms         l1 l2 max mean std row_norm_min row_norm_max row_norm_mean row_norm_spread
                   nan inf outlier_rows outlier_rows_at outlier_columns outlier_columns_at
+                  faint_rows faint_rows_at largest_at
 
 More metrics are welcome; these are the ones that rules and reports name.
 """

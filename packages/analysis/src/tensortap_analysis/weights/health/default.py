@@ -23,6 +23,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from tensortap_analysis.weights.health import peers, values
 from tensortap_analysis.weights.health.issue import Issue, Layer, Limits, Rule, over
 from tensortap_analysis.weights.health.outliers import standing_out
+from tensortap_analysis.weights.health.places import largest
+from tensortap_analysis.weights.measures.outliers import FAR
 
 LIMITS: Mapping[str, float] = {
     "condition_ratio": 1000.0,
@@ -38,6 +40,7 @@ LIMITS: Mapping[str, float] = {
 _PENALTY = {"critical": 1.0, "warning": 0.3, "info": 0.0}
 _TRAINED, _STEPS = 2.0, 64
 """Spectra of trained matrices fall to half of what random ones have in their tail, say."""
+_WIDE = ("fp16", "bf16")
 _CAP = 59.0
 """Where anything is critical, the model is never called good: the average would hide it."""
 
@@ -108,13 +111,32 @@ def _channel_sqnr(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
             continue
         severe = value < limits["sqnr_critical"]
         limit = limits["sqnr_critical" if severe else "sqnr_warning"]
-        cause = f"int8 leaves {value:.1f} dB even with a scale for each channel."
-        cause += standing_out(layer)
-        remedy = (
-            "Keep it in bfloat16, or use a format with small blocks; --recommend quant says which."
-        )
+        cause = f"int8 leaves {below(value, limit)} dB even with a scale for each channel."
+        cause += standing_out(layer) or _top(layer)
+        remedy = _blocks(layer, limit)
         yield Issue(layer.name, "sqnr", "critical" if severe else "warning", cause, remedy,
                     value, limit, 10 ** ((limit - value) / 20))  # fmt: skip
+
+
+def below(value: float, limit: float) -> str:
+    """`value` with the digits that it takes to see that it is below `limit`."""
+    digits = next((n for n in range(1, 6) if round(value, n) < limit), 6)
+    return f"{value:.{digits}f}"
+
+
+def _top(layer: Layer) -> str:
+    """The largest value, where it stands out."""
+    top = largest(layer)
+    return f" {top}." if top is not None and top.times > FAR else ""
+
+
+def _blocks(layer: Layer, limit: float) -> str:
+    """What to keep it in: a format with small blocks only where one was found to be better."""
+    kept: Mapping[str, float | None] = layer.get("quantization", "formats") or {}
+    better = [n for n, db in kept.items() if db is not None and db >= limit and n not in _WIDE]
+    if better:
+        return f"Of the formats measured {', '.join(better)} leave more; else keep it in bfloat16."
+    return "None of the formats measured leaves more: keep it in bfloat16."
 
 
 def _tensor_sqnr(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
@@ -124,8 +146,11 @@ def _tensor_sqnr(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
         channel = layer.get("quantization", "sqnr_db_per_channel")
         if value is None or channel is None or value >= limit or channel < limits["sqnr_warning"]:
             continue
-        cause = f"int8 leaves {value:.1f} dB with one scale, {channel:.1f} dB with one a channel."
-        cause += standing_out(layer)
+        cause = (
+            f"int8 leaves {below(value, limit)} dB with one scale, {channel:.1f} dB with one a "
+            "channel."
+        )
+        cause += standing_out(layer) or _top(layer)
         remedy = "Quantise it per channel, or in blocks."
         yield Issue(layer.name, "sqnr_tensor", "info", cause, remedy, value, limit,
                     10 ** ((limit - value) / 20))  # fmt: skip

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from tensortap_analysis.weights.health.issue import Issue, Layer, Limits, Rule, Severity, over
+from tensortap_analysis.weights.health.places import largest, where
 
-LIMITS: Mapping[str, float] = {"dead": 0.1, "range": 0.5}
+LIMITS: Mapping[str, float] = {"dead": 0.1, "range": 0.5, "value": 300.0}
 _NARROW = ("float16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
 
 
@@ -72,8 +73,41 @@ def _dead_issue(layer: Layer, what: str, count: int, of: int, limit: float) -> I
     else:
         means = "outputs that are always the bias"
         remedy = "Prune them with the columns that read them, or lower the learning rate earlier."
-    cause = f"{count:,} of {of:,} {what.removeprefix('dead_')} are all 0: {means}."
+    at = where(layer, "sparsity", what, count)
+    cause = f"{count:,} of {of:,} {what.removeprefix('dead_')} are all 0{at}: {means}."
     return Issue(layer.name, rule, severity, cause, remedy, share, limit, over(share, limit))
+
+
+def _faint(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
+    """Rows that are not 0, and so short that nothing comes of them: as dead ones."""
+    for layer in layers:
+        count = layer.get("norms", "faint_rows")
+        if layer.vector or not count:
+            continue
+        of, embedding = layer.outputs * layer.count, layer.facts.kind == "embedding"
+        at, share = where(layer, "norms", "faint_rows", count), count / of
+        cause = f"{count:,} of {of:,} rows are shorter than 1/10,000 of the median row{at}: "
+        cause += "tokens without a vector." if embedding else "outputs that are the bias, nearly."
+        remedy = (
+            "Tokens never seen in training; those in use are lost."
+            if embedding
+            else "Decayed, or cut off from their gradients? Prune them, or begin them anew."
+        )
+        severity: Severity = "warning" if share > limits["dead"] and not embedding else "info"
+        yield Issue(layer.name, "faint rows", severity, cause, remedy, share, limits["dead"],
+                    over(share, limits["dead"]))  # fmt: skip
+
+
+def _extreme(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
+    """One value that is many times all others; a whole column of them is told by its length."""
+    limit = limits["value"]
+    for layer in layers:
+        top = largest(layer)
+        if layer.facts.kind != "linear" or top is None or top.times <= limit:
+            continue
+        remedy = "Damaged on its way, or one step that went too far? Compare with another copy."
+        yield Issue(layer.name, "value", "warning", f"{top}.", remedy, top.times, limit,
+                    over(top.times, limit))  # fmt: skip
 
 
 def _copied(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
@@ -81,7 +115,8 @@ def _copied(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
         count, rows = layer.get("sparsity", "duplicated_rows"), layer.get("sparsity", "rows")
         if layer.vector or layer.zero or not count or not rows:
             continue
-        cause = f"{count:,} of {rows * layer.count:,} rows equal another one, bit for bit."
+        at = where(layer, "sparsity", "duplicated_rows", count)
+        cause = f"{count:,} of {rows * layer.count:,} rows equal another one, bit for bit{at}."
         remedy = "Tokens never seen in training, or units that were copied; they can be merged."
         share = count / (rows * layer.count)
         yield Issue(layer.name, "copied rows", "info", cause, remedy, share, 0.0, 1 + share)
@@ -120,7 +155,9 @@ RULES: Mapping[str, Rule] = {
     "zero": zero,
     "dead experts": dead_experts,
     "dead": dead,
+    "faint rows": _faint,
     "copied rows": _copied,
+    "value": _extreme,
     "copy": _same,
     "range": _range,
 }

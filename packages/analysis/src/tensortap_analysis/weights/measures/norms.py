@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from tensortap_analysis.weights.measures.facts import ALL_ZERO, Facts, nothing, overflown
-from tensortap_analysis.weights.measures.outliers import outliers
+from tensortap_analysis.weights.measures.outliers import faint, largest, outliers
 from tensortap_analysis.weights.options import Options
 
 _METRICS = (
@@ -19,11 +19,13 @@ _METRICS = (
 def norms(facts: Facts, options: Options) -> dict[str, Any]:
     """`l1`, `l2` (Frobenius) and `max` (of |w|), `mean` and `std` (population), and of rows.
 
-    `row_norm_spread` is the standard deviation of the rows' l2 norms over their mean. `outliers`
-    says what stands out. All are over the finite values; `nan` and `inf` count the others.
+    `row_norm_spread` is the standard deviation of the rows' l2 norms over their mean. `outliers`,
+    `faint` and `largest` say what stands out. All are over the finite values; `nan` and `inf`
+    count the others.
     """
     found = facts.statistics
-    counts = outliers(facts) | {"nan": found.nan, "inf": found.posinf + found.neginf}
+    counts = {**outliers(facts), **faint(facts), **largest(facts)}
+    counts |= {"nan": found.nan, "inf": found.posinf + found.neginf}
     if found.absmax is None:
         return nothing(_METRICS, facts.unusable or "no finite value") | counts
     whole = {

@@ -1,4 +1,4 @@
-"""Rows and columns of a matrix that are much longer than the others."""
+"""Rows and columns of a matrix that are much longer than the others, or much shorter; values."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ Doubles = npt.NDArray[np.float64]
 
 FAR = 6.0
 """Times the median length, beyond which a row or column stands out."""
+FAINT = 1e-4
+"""Times the median length, below which a row is as good as dead."""
 _SHOWN, _SAMPLE, _TOGETHER = 8, 64, 8
 """How many are listed; how many rows are looked at to find columns, and how many of them at once:
 what stays in the cache."""
@@ -35,6 +37,34 @@ def outliers(facts: Facts) -> dict[str, Any]:
         "outlier_rows_at": rows[:_SHOWN],
         "outlier_columns_at": columns[:_SHOWN],
     }
+
+
+def faint(facts: Facts) -> dict[str, Any]:
+    """`faint_rows`: how many are not 0, and shorter than 1e-4 of the median row that is not 0.
+
+    `faint_rows_at` lists the first few.
+    """
+    lengths = facts.rows.norms
+    present = lengths[lengths > 0]
+    short = FAINT * np.median(present) if len(present) else 0.0
+    at = np.flatnonzero((lengths > 0) & (lengths < short))
+    return {"faint_rows": len(at), "faint_rows_at": at[:_SHOWN].tolist()}
+
+
+def largest(facts: Facts) -> dict[str, Any]:
+    """`largest_at`: the largest magnitudes of the rows where they are largest, and their places.
+
+    `[row, column, magnitude]`, the largest first; one of a row, zeros left out.
+    """
+    tops = facts.rows.rows["largest"]
+    ranked = np.argsort(-tops, kind="stable")[:_SHOWN]
+    return {"largest_at": [_top(facts, int(row)) for row in ranked if tops[row] > 0]}
+
+
+def _top(facts: Facts, row: int) -> list[int | float]:
+    values = facts.matrix[row].to(torch.float64, copy=True).nan_to_num_(0.0, 0.0, 0.0).abs_()
+    column = int(values.argmax())
+    return [row, column, float(values[column])]
 
 
 def _columns(facts: Facts) -> tuple[Doubles, Doubles]:
