@@ -32,7 +32,7 @@ class Facts:
     """What a weight is: `stored` is how a matrix lies in the checkpoint, `out in` or `in out`.
 
     `copy_of` names an earlier weight that has the very same values: the two are tied, or one was
-    copied from the other.
+    copied from the other. `offset` is what the model adds to the values.
     """
 
     name: str
@@ -42,13 +42,15 @@ class Facts:
     stored: str = "out in"
     note: str | None = None
     copy_of: str | None = None
+    offset: float = 0.0
 
     @classmethod
     def of(cls, weight: Weight, copy_of: str | None = None) -> Facts:
         """The facts of a weight."""
-        stored = "in out" if weight.transposed else "out in"
-        dtype = dtype_name(weight.dtype)
-        return cls(weight.name, weight.shape, dtype, weight.kind, stored, weight.note, copy_of)
+        return cls(
+            weight.name, weight.shape, dtype_name(weight.dtype), weight.kind,
+            "in out" if weight.transposed else "out in", weight.note, copy_of, weight.offset,
+        )  # fmt: skip
 
     @property
     def numel(self) -> int:
@@ -64,6 +66,14 @@ class Facts:
         return cls(**{**document, "shape": tuple(shape)})
 
 
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A weight that was not selected, measured in part to hold others of its role against it."""
+
+    facts: Facts
+    stats: dict[str, Metrics]
+
+
 @dataclass(frozen=True)
 class ScanResult(Mapping[str, dict[str, Metrics]]):
     """Layer to `{method: {metric: value}}`, in the order of the checkpoint.
@@ -71,7 +81,7 @@ class ScanResult(Mapping[str, dict[str, Metrics]]):
     The mapping has the matrices: linear layers, embeddings, convolutions, stacks of experts.
     `vectors` (norms, biases, and tables such as `A_log`) have "sparsity" and "norms" only.
     `facts` says what each of both is, `skipped` what is in neither or lacks a method, and why;
-    `notes` hold for all of it.
+    `notes` hold for all of it. `peers` are norms of weights that were not selected.
     """
 
     source: str
@@ -82,6 +92,7 @@ class ScanResult(Mapping[str, dict[str, Metrics]]):
     facts: Mapping[str, Facts] = field(default_factory=dict)
     skipped: tuple[Skipped, ...] = ()
     notes: tuple[str, ...] = ()
+    peers: Mapping[str, Peer] = field(default_factory=dict)
 
     def __getitem__(self, layer: str) -> dict[str, Metrics]:
         return self.layers[layer]
@@ -140,6 +151,10 @@ class ScanResult(Mapping[str, dict[str, Metrics]]):
             "layers": rows(self.layers),
             "vectors": rows(self.vectors),
             "skipped": [asdict(one) for one in self.skipped],
+            "peers": {
+                layer: {"weight": asdict(peer.facts), **encoded(peer.stats)}
+                for layer, peer in self.peers.items()
+            },
         }
 
     @classmethod
@@ -159,7 +174,15 @@ class ScanResult(Mapping[str, dict[str, Metrics]]):
             facts=facts,
             skipped=tuple(Skipped(**one) for one in document["skipped"]),
             notes=tuple(document["notes"]),
+            peers=_peers(document.get("peers", {})),
         )
+
+
+def _peers(rows: Mapping[str, Any]) -> dict[str, Peer]:
+    stats = _stats(rows, ())
+    return {
+        layer: Peer(Facts.from_json(row["weight"]), stats[layer]) for layer, row in rows.items()
+    }
 
 
 def check_target(path: Path, source: str, overwrite: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch import nn
 from tensortap.selection import Selection
 from tensortap_analysis.weights.journal import Journal, key_of
 from tensortap_analysis.weights.options import Options, chosen_methods
-from tensortap_analysis.weights.result import Facts, ScanResult, check_target
+from tensortap_analysis.weights.result import Facts, Peer, ScanResult, check_target
+from tensortap_analysis.weights.roles import beside
 from tensortap_analysis.weights.scanning import Measured, methods_of, run, same_values
 from tensortap_analysis.weights.sources import Skipped, Source, open_source
 from tensortap_analysis.weights.weight import Weight
@@ -76,8 +78,14 @@ class Scope:
         if output is not None:
             check_target(Path(output), self._source.label, overwrite)
         with self._journal(output, names, options) as log:
-            found = _measure(todo, names, options, parallel, log, progress)
+            extra = beside(weights, self._source.weights) if "norms" in names else []
+            total = sum(weight.nbytes for weight in extra)
+            found = _measure(
+                todo, names, options, parallel, log, lambda done, all_: progress(done, all_ + total)
+            )
             result = _result(self._source, weights, names, options, found)
+            before = sum(weight.nbytes for weight in todo)
+            result = _with_peers(result, extra, options, parallel, progress, before)
         if output is not None:
             result.save(output)
         if log is not None:
@@ -160,6 +168,30 @@ def _result(
         skipped=(*source.skipped, *_left_out(weights, methods)),
         notes=(*source.notes, *_said_of(copies)),
     )
+
+
+def _with_peers(
+    result: ScanResult,
+    others: Sequence[Weight],
+    options: Options,
+    parallel: bool | int,
+    progress: Progress,
+    before: int,
+) -> ScanResult:
+    """The scan of a selection, with the norms of weights that tell what is usual.
+
+    `before` are the bytes that were read for the selection.
+    """
+    if not others:
+        return result
+    found = _measure(
+        others, ("norms",), options, parallel, None,
+        lambda done, total: progress(before + done, before + total),
+    )  # fmt: skip
+    peers = {one.layer: Peer(Facts.of(one), found[one.name]["stats"]) for one in others}
+    count = "1 weight" if len(others) == 1 else f"{len(others):,} weights"
+    note = f"norms of {count} that were not selected were measured too, to compare with"
+    return replace(result, peers=peers, notes=(*result.notes, note))
 
 
 def _said_of(copies: Mapping[str, str]) -> Iterable[str]:

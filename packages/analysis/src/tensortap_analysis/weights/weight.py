@@ -69,6 +69,7 @@ class Weight:
     `weight`. `shape` is that of the values, `dtype` what they are stored in (before dequantising).
     `transposed`: a linear layer's weight lies [in, out]. `note` says what was assumed. `load`
     gives the values, `load_parts` those of a stack one by one, where reading all would be wasteful.
+    `offset` is what the model adds to the values: 1 for the gains of Gemma's normalisations.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Weight:
     )
     transposed: bool = False
     note: str | None = None
+    offset: float = 0.0
 
     @property
     def parameter(self) -> str:

@@ -88,6 +88,8 @@ def health_lines(found: Health, limit: int = _FEW) -> Iterator[str]:
             yield f"  … and {len(issues) - limit:,} more of {severity}: raise --limit."
     if found.unmeasured:
         yield f"[yellow]Not judged, for it was not measured: {', '.join(found.unmeasured)}.[/]"
+    for sentence in found.unjudged:
+        yield f"[dim]{shown(sentence)}[/]"
     if found.unresolved:
         yield (
             f"[dim]The dtype cannot resolve the condition numbers of {found.unresolved:,} of "

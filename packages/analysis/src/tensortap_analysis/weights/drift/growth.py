@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tensortap_analysis.weights.health import Issue, Severity
-from tensortap_analysis.weights.health.issue import Limits, role_of
+from tensortap_analysis.weights.health.issue import Limits
+from tensortap_analysis.weights.roles import role_of
 
 Row = Mapping[str, Any]
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from tensortap.errors import ConfigError
-from tensortap_analysis.weights.health import classic, default
+from tensortap_analysis.weights.health import classic, default, gains, peers
 from tensortap_analysis.weights.health.issue import (
     SEVERITIES,
     Issue,
@@ -20,6 +20,7 @@ from tensortap_analysis.weights.health.issue import (
     Severity,
     layers_of,
     limits_with,
+    peers_of,
 )
 from tensortap_analysis.weights.options import METHODS
 from tensortap_analysis.weights.result import ScanResult, encoded
@@ -30,16 +31,21 @@ GOOD, FAIR = 80, 60
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """Rules, their limits, and how issues make a score from 0 to 100."""
+    """Rules, their limits, and how issues make a score from 0 to 100.
+
+    Those that compare are given peers, too: weights beside a selection, to hold it against.
+    """
 
     rules: Mapping[str, Rule]
+    comparing: Mapping[str, Rule]
     limits: Limits
     score: Callable[[Sequence[Issue], int], float]
 
 
+_COMPARING: Mapping[str, Rule] = {"norm": peers.norms, **gains.RULES}
 PRESETS: Mapping[str, Preset] = {
-    "default": Preset(default.RULES, default.LIMITS, default.score),
-    "classic": Preset(classic.RULES, classic.LIMITS, classic.score),
+    "default": Preset(default.RULES, _COMPARING, default.LIMITS, default.score),
+    "classic": Preset(classic.RULES, _COMPARING, classic.LIMITS, classic.score),
 }
 
 
@@ -49,6 +55,7 @@ class Health:
 
     `unresolved` counts the layers whose condition number the stored dtype cannot resolve,
     `unmeasured` names the methods that the scan was without: their rules found nothing to judge.
+    `unjudged` are sentences on what a rule could not judge, or only by less.
     """
 
     score: float
@@ -57,6 +64,7 @@ class Health:
     layers: int
     unresolved: int = 0
     unmeasured: tuple[str, ...] = ()
+    unjudged: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> str:
@@ -79,6 +87,7 @@ class Health:
             "layers": self.layers,
             "unresolved_condition_numbers": self.unresolved,
             "unmeasured": list(self.unmeasured),
+            "unjudged": list(self.unjudged),
             "issues": {
                 severity: [encoded(asdict(issue)) for issue in issues]
                 for severity, issues in self.issues.items()
@@ -95,7 +104,10 @@ def health(
     """
     by, limits = check_preset(preset, thresholds or {})
     layers = layers_of(result)
+    every = [*layers, *peers_of(result)]
     issues = [issue for rule in by.rules.values() for issue in rule(layers, limits)]
+    compared = [issue for rule in by.comparing.values() for issue in rule(every, limits)]
+    issues += [issue for issue in compared if issue.layer in result.facts]
     ranked = sorted(issues, key=lambda issue: -issue.excess)
     matrices = [layer for layer in layers if not layer.vector]
     return Health(
@@ -107,6 +119,7 @@ def health(
             layer.unresolved("spectral", "condition_number") is not None for layer in matrices
         ),
         unmeasured=tuple(name for name in METHODS if name not in result.methods),
+        unjudged=tuple(peers.unjudged(every)),
     )
 
 

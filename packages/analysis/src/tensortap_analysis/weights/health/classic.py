@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from tensortap_analysis.weights.health import peers, values
+from tensortap_analysis.weights.health import gains, peers, values
 from tensortap_analysis.weights.health.issue import Issue, Layer, Limits, Rule, Severity, over
 
 LIMITS: Mapping[str, float] = {
@@ -19,6 +19,8 @@ LIMITS: Mapping[str, float] = {
     "outliers_warning": 1.0,
     "stable_ratio": 0.1,
     **peers.LIMITS,
+    **gains.LIMITS,
+    "dead": values.LIMITS["dead"],
 }
 _STEPS: tuple[Severity, ...] = ("critical", "warning")
 _STABILITY = (
@@ -90,7 +92,6 @@ RULES: Mapping[str, Rule] = {
     "dead experts": values.dead_experts,
     "condition": _condition,
     "outliers": _outliers,
-    "norm": peers.norms,
     "redundancy": _redundancy,
     "dead": _dead,
 }

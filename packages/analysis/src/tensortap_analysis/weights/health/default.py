@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from tensortap_analysis.weights.health import peers, values
+from tensortap_analysis.weights.health import gains, peers, values
 from tensortap_analysis.weights.health.issue import Issue, Layer, Limits, Rule, over
 from tensortap_analysis.weights.health.outliers import standing_out
 from tensortap_analysis.weights.health.places import largest
@@ -36,6 +36,7 @@ LIMITS: Mapping[str, float] = {
     "rank_warning": 0.25,
     **values.LIMITS,
     **peers.LIMITS,
+    **gains.LIMITS,
 }
 _PENALTY = {"critical": 1.0, "warning": 0.3, "info": 0.0}
 _TRAINED, _STEPS = 2.0, 64
@@ -237,7 +238,6 @@ RULES: Mapping[str, Rule] = {
     "condition": _condition,
     "sqnr": _channel_sqnr,
     "sqnr_tensor": _tensor_sqnr,
-    "norm": peers.norms,
     "rank": _deficiency,
     "redundancy": _redundancy,
 }

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from tensortap.errors import ConfigError, nearest
 from tensortap_analysis.weights.result import Facts, Metrics, ScanResult
+from tensortap_analysis.weights.roles import role_of
 
 Severity = Literal["critical", "warning", "info"]
 SEVERITIES: tuple[Severity, ...] = get_args(Severity)
@@ -83,14 +83,6 @@ class Layer:
         return role_of(self.name)
 
 
-_AFTER_LAYER = re.compile(r"^.*\.\d+\.(?=\D)")
-
-
-def role_of(name: str) -> str:
-    """`self_attn.q_proj` of `model.layers.3.self_attn.q_proj`."""
-    return _AFTER_LAYER.sub("", name)
-
-
 Rule = Callable[[Sequence[Layer], Limits], Iterable[Issue]]
 """Finds the issues of one kind in all layers of a scan."""
 
@@ -113,6 +105,14 @@ def layers_of(result: ScanResult) -> list[Layer]:
     place = {name: index for index, name in enumerate(result.facts)}
     both.sort(key=lambda row: place[row[0]])
     return [Layer(name, result.facts[name], stats, vector) for name, stats, vector in both]
+
+
+def peers_of(result: ScanResult) -> list[Layer]:
+    """What a scan of a selection measured beside it, to hold it against."""
+    return [
+        Layer(name, peer.facts, peer.stats, peer.facts.kind in ("vector", "table"))
+        for name, peer in result.peers.items()
+    ]
 
 
 def over(value: float, limit: float) -> float:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from tensortap_analysis.weights.health.issue import Issue, Layer, Limits, Severity
 from tensortap_analysis.weights.health.outliers import explains, standing_out
+from tensortap_analysis.weights.roles import FEWEST
 
 LIMITS: Mapping[str, float] = {
     "norm_ratio": 4.0,
@@ -17,10 +18,9 @@ LIMITS: Mapping[str, float] = {
     "gain_high": 100.0,
     "gain_critical": 1e4,
     "gain_low": 1e-4,
+    "gain_alone": 30.0,
 }
 _PRODUCTS = ("linear", "convolution", "experts")
-_FEWEST = 4
-"""Peers below which there is no saying what is usual."""
 
 
 def norms(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
@@ -34,7 +34,9 @@ def norms(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
     An explosion is critical beyond `norm_critical` times its peers, or `norm_critical` times the
     median gain of all layers with a gain beyond `gain_high`: training does not take one layer
     there, and outputs so large are all that the layers after it see. It is critical beyond
-    `gain_critical` whatever the others have: two such layers end float16.
+    `gain_critical` whatever the others have: two such layers end float16. Where a layer has no
+    peers, `gain_alone` and as many times the median gain of all others is a warning, and
+    `norm_critical` times is critical.
     """
     found: dict[str, Issue] = {}
     for issue in (*_unlike_peers(layers, limits), *_gains(layers, limits)):
@@ -58,16 +60,21 @@ def _unlike_peers(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
 
 def _gains(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
     gains = {layer.name: gain for layer in layers if (gain := _gain(layer)) is not None}
-    usual = statistics.median(gains.values()) if len(gains) >= _FEWEST else math.inf
-    high, low = limits["gain_high"], limits["gain_low"]
+    usual = statistics.median(gains.values()) if len(gains) >= FEWEST else math.inf
+    compared = {layer.name for group in _groups(layers) for layer, _ in group}
+    alone, low = limits["gain_alone"], limits["gain_low"]
     for layer in layers:
         gain = gains.get(layer.name, 1.0)
+        by_itself = layer.name not in compared and gain > alone * usual
+        high = min(alone, limits["gain_high"]) if by_itself else limits["gain_high"]
         if low <= gain <= high or (gain < low and "lora_b" in layer.name.lower()):
             continue
         cause = (
             f"Its outputs are {gain:.3g} times its inputs, for independent ones: it has "
             f"{'exploded' if gain > high else 'vanished'}."
         )
+        if by_itself:
+            cause = f"{cause[:-1]}, for {usual:.3g} is the median of all."
         far = gain > high and gain > limits["norm_critical"] * usual
         severe = far or gain > limits["gain_critical"]
         limit = high if gain > high else low
@@ -94,7 +101,24 @@ def _groups(layers: Sequence[Layer]) -> list[list[tuple[Layer, float]]]:
         size = _size(layer)
         if layer.role != layer.name and not layer.vector and size is not None:
             groups.setdefault((layer.role, layer.facts.kind), []).append((layer, size))
-    return [group for group in groups.values() if len(group) >= _FEWEST]
+    return [group for group in groups.values() if len(group) >= FEWEST]
+
+
+def unjudged(layers: Sequence[Layer]) -> list[str]:
+    """What had too few peers to be held against, in a sentence; empty where nothing had."""
+    compared = {layer.name for group in _groups(layers) for layer, _ in group}
+    lonely = [
+        layer for layer in layers
+        if layer.name not in compared and layer.role != layer.name and _gain(layer) is not None
+    ]  # fmt: skip
+    if not lonely:
+        return []
+    roles = list(dict.fromkeys(layer.role for layer in lonely))
+    more = f" and {len(roles) - 1:,} more roles have" if len(roles) > 1 else " has"
+    return [
+        f"Sizes of {roles[0]}{more} fewer than {FEWEST} depths to compare: judged by what their "
+        "outputs are for independent inputs, and only where that is far from all others."
+    ]
 
 
 def _unlike(layer: Layer, size: float, usual: float, limit: float, limits: Limits) -> Issue:

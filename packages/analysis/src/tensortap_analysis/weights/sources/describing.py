@@ -21,6 +21,14 @@ _TABLE = re.compile(
     re.IGNORECASE,
 )
 """Parameters of two axes that are added, multiplied one by one, or looked up."""
+_LESS_ONE = re.compile(
+    r"(?:gemma|gemma2|gemma3(?:_text)?|recurrent_gemma|t5gemma2?|vaultgemma|paligemma|qwen3_next|"
+    r"qwen3_5(?:_moe)?)(?:_text)?$"
+)
+"""Models of transformers whose RMSNorm multiplies by 1 + weight."""
+_NORM = re.compile(r"norm\w*\.weight$", re.IGNORECASE)
+_PLAIN = re.compile(r"vision|visual|linear_attn", re.IGNORECASE)
+"""Parts of those models whose normalisations multiply by the weight itself."""
 _CONVOLUTION = re.compile(r"conv|patch|downsample|upsample", re.IGNORECASE)
 _LONGEST_SIDE = 1 << 24
 """Metrics of columns take memory by their number; a shape of no values can claim any."""
@@ -41,8 +49,18 @@ def described(listing: Listing) -> tuple[tuple[Weight, ...], tuple[Skipped, ...]
             skipped.append(Skipped(entry.name, reason))
     names = {entry.name for entry in kept}
     turned = _turned(kept, listing.config)
-    weights = (_weight(entry, names, entry.name in turned) for entry in kept)
+    weights = (
+        _weight(entry, names, entry.name in turned, _offset(entry, listing.config))
+        for entry in kept
+    )
     return tuple(weights), tuple(skipped)
+
+
+def _offset(entry: Entry, config: Config) -> float:
+    """What the model adds to a gain before it multiplies by it."""
+    less_one = _LESS_ONE.match(str(config.get("model_type") or ""))
+    gain = len(entry.shape) == 1 and _NORM.search(entry.name) and not _PLAIN.search(entry.name)
+    return 1.0 if less_one and gain else 0.0
 
 
 def _no_weight(entry: Entry) -> str | None:
@@ -63,7 +81,7 @@ def _no_weight(entry: Entry) -> str | None:
     return None
 
 
-def _weight(entry: Entry, names: set[str], turned: bool) -> Weight:
+def _weight(entry: Entry, names: set[str], turned: bool, offset: float) -> Weight:
     assert entry.dtype is not None
     kind, assumed = _kind(entry)
     layer = entry.name.removesuffix(".weight")
@@ -78,6 +96,7 @@ def _weight(entry: Entry, names: set[str], turned: bool) -> Weight:
         load_parts=entry.load_parts,
         transposed=(turned or entry.transposed) and len(entry.shape) > 1,
         note="; ".join(notes) or None,
+        offset=offset,
     )
 
 
