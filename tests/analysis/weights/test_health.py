@@ -317,14 +317,25 @@ def test_the_default_score_is_an_average_over_layers(tmp_path):
     sick[:, :10] = 0
     small = {"sick": sick, "fine": torch.randn(40, 40)}
     large = {**small, **{f"more{n}": torch.randn(40, 40) for n in range(8)}}
-    assert health(scanned(tmp_path, small)).score == pytest.approx(85)
-    assert health(scanned(tmp_path, large)).score == pytest.approx(97)
+    assert health(scanned(tmp_path, small)).score == pytest.approx(79 * 0.85)
+    assert health(scanned(tmp_path, large)).score == pytest.approx(79 * 0.97)
 
 
 def test_anything_critical_keeps_a_model_from_being_called_good(tmp_path):
     state = {f"l{n}": torch.randn(8, 8) for n in range(99)} | {"dead": torch.zeros(8, 8)}
     report = health(scanned(tmp_path, state))
-    assert (report.score, report.verdict) == (59.0, "do not deploy")
+    assert report.score == pytest.approx(59 * 0.99)
+    assert report.verdict == "do not deploy"
+
+
+def test_a_model_with_any_warning_is_not_called_good_and_one_with_notes_is(tmp_path):
+    state = {f"layers.{n}.q_proj": torch.randn(64, 64) / 8 for n in range(150)}
+    state["layers.7.q_proj"][3] = 0
+    assert health(scanned(tmp_path, state)).score == 100
+    for sick in (torch.randn(64, 2) @ torch.randn(2, 64) / 8, torch.randn(64, 64) * 5):
+        report = health(scanned(tmp_path, state | {"layers.9.q_proj": sick}))
+        assert report.issues["warning"]
+        assert (round(report.score), report.verdict) == (79, "improve")
 
 
 def test_the_worst_issue_comes_first(tmp_path):

@@ -12,7 +12,8 @@ They differ from the older guide's thresholds (`classic`) where those are wrong:
   rank that holds 99 % of the energy.
 - The rank that the stored dtype can tell from rounding is less than full of any matrix in 4 bits;
   it is held against what a random matrix of the shape would have left.
-- The score is an average over layers, so that it means the same for small and large models.
+- The score is an average over layers, so that it means the same for small and large models; but no
+  model with a warning is called good, and none with anything critical may be deployed.
 """
 
 from __future__ import annotations
@@ -42,21 +43,22 @@ _PENALTY = {"critical": 1.0, "warning": 0.3, "info": 0.0}
 _TRAINED, _STEPS = 2.0, 64
 """Spectra of trained matrices fall to half of what random ones have in their tail, say."""
 _WIDE = ("fp16", "bf16")
-_CAP = 59.0
-"""Where anything is critical, the model is never called good: the average would hide it."""
+_MOST: Mapping[str, float] = {"critical": 59.0, "warning": 79.0, "info": 100.0}
+"""The score of so many layers that one bad one is lost in the average. Each is where the verdict
+changes: one layer that exploded, or is of rank 4, spoils what all others compute.
+"""
 
 
 def score(issues: Sequence[Issue], layers: int) -> float:
     """100 times the mean over layers, each less 1 (critical) or 0.3 (warning) for its worst issue.
 
-    At most 59 where anything is critical.
+    Where anything is critical, 59 times the mean; where there is a warning, 79 times.
     """
     worst: dict[str, float] = {}
     for issue in issues:
         worst[issue.layer] = max(worst.get(issue.layer, 0.0), _PENALTY[issue.severity])
-    found = 100 * (1 - sum(worst.values()) / max(layers, 1))
-    critical = any(issue.severity == "critical" for issue in issues)
-    return max(0.0, min(found, _CAP) if critical else found)
+    mean = max(0.0, 1 - sum(worst.values()) / max(layers, 1))
+    return mean * min((_MOST[issue.severity] for issue in issues), default=100.0)
 
 
 def typical_condition(rows: int, columns: int) -> float:

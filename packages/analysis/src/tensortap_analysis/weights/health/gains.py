@@ -44,7 +44,7 @@ class _Gain:
     @property
     def peak(self) -> float:
         """The largest magnitude."""
-        return (self.top.size if self.top else 0.0) + self.layer.facts.offset
+        return float(self.layer.get("norms", "max")) + self.layer.facts.offset
 
 
 @dataclass(frozen=True, slots=True)
