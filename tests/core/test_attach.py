@@ -484,8 +484,9 @@ def test_a_capture_of_nothing_is_an_error():
 )
 def test_a_pattern_that_matches_nothing_beside_others_is_a_warning(options, says):
     model = Mlp()
-    with pytest.warns(tensortap.CaptureWarning, match=f"(?s){says}"):
+    with pytest.warns(tensortap.CaptureWarning, match=f"(?s){says}") as warned:
         tap = tensortap.attach(model, tensortap.MemorySink(), **options)
+    assert warned[0].filename == __file__
     model(torch.ones(1, 8))
     tap.detach()
 

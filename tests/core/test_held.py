@@ -212,7 +212,7 @@ def test_a_failure_to_fetch_at_detach_is_reported(monkeypatch):
     model = torch.nn.Linear(2, 2)
     tap = tensortap.attach(model, sink := tensortap.MemorySink(), on_error="raise")
     model(torch.ones(1, 2))
-    monkeypatch.setattr(tap._transfer, "_resolve", lambda: 1 / 0)
+    monkeypatch.setattr(tap._session.transfer, "_resolve", lambda: 1 / 0)
     with pytest.raises(CaptureError, match="ZeroDivisionError"):
         tap.detach()
     assert sink.closed

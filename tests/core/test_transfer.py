@@ -46,7 +46,7 @@ def test_payloads_in_flight_stay_within_max_pending():
     with tensortap.attach(model, sink, values="full", max_pending="32KiB", on_error="raise") as tap:
         for _ in range(3):
             model(X)
-        arena = tap._transfer.arena
+        arena = tap._session.transfer.arena
         assert 0 < arena.peak <= 32 * 1024
     assert sink.coverage["complete"]
     assert all(payload is not None for payload in sink.payloads)
@@ -129,7 +129,7 @@ def test_a_broken_hook_stops_the_capture_and_not_the_model(monkeypatch):
     sink = tensortap.MemorySink()
     tap = tensortap.attach(model, sink)
     expected = model.eval()(X)
-    monkeypatch.setattr(tap._capture, "_emit", lambda *_: 1 / 0)
+    monkeypatch.setattr(tap._session.capture, "_emit", lambda *_: 1 / 0)
     with pytest.warns(tensortap.CaptureWarning, match="ZeroDivisionError"):
         found = model(X)
     tap.detach()

@@ -107,7 +107,7 @@ def test_clones_on_the_device_stay_within_max_pending():
         waits.clear()
         model(x)
         assert waits["synchronize"] > 1
-        assert 0 < tap._transfer.arena.peak <= 32 * 1024
+        assert 0 < tap._session.transfer.arena.peak <= 32 * 1024
     assert sink.coverage["complete"]
     assert all(payload is not None for payload in sink.payloads)
 

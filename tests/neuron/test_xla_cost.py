@@ -125,7 +125,7 @@ def test_payloads_beyond_max_pending_take_more_transfers_of_the_same_execution(x
     options = {"values": "full", "max_pending": "256KiB", "on_error": "raise"}
     with tensortap.attach(model, sink, **options) as tap:
         [cost] = train.costs(1)
-        assert tap._transfer.arena.peak <= 256 * 1024
+        assert tap._session.transfer.arena.peak <= 256 * 1024
     assert cost.executions == 1
     assert cost.transfers > 1
     assert None not in sink.payloads

@@ -65,7 +65,7 @@ def test_attach_finds_it_through_its_entry_point():
     sink = tensortap.MemorySink()
     with tensortap.attach(fake_model(), sink, select="layers.1.attn.q/forward/output") as tap:
         ids = torch.tensor([[3, 1, 4]])
-        tap._roots[0](ids, torch.ones_like(ids), torch.arange(3)[None])
+        tap._session.roots[0](ids, torch.ones_like(ids), torch.arange(3)[None])
     assert sink.names() == ["layers.1.attn.q/forward/output"]
     assert sink.run.settings["integration"] == ["nxd"]
     assert sink.run.versions["neuronx-distributed"] == "0.16.fake"

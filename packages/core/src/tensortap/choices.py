@@ -94,7 +94,7 @@ class Choices:
                     f"{option}: the pattern {pattern!r} matches nothing in this model. "
                     f"Closest names: {close}.",
                     CaptureWarning,
-                    stacklevel=5,
+                    stacklevel=6,
                 )
 
     def selects_any(self, names: Iterable[str]) -> bool:
