@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import save_file
 
 from tensortap_analysis.weights import Scope
+from tensortap_analysis.weights.digits import below
 from tensortap_analysis.weights.health import health
-from tensortap_analysis.weights.health.default import below
 
 
 @pytest.fixture(autouse=True)

@@ -256,3 +256,58 @@ def test_a_mistake_is_one_line_and_exit_code_2(cli, folder, monkeypatch, argumen
     assert (code, out) == (2, "")
     assert words in error
     assert len(error.strip().splitlines()) == 1
+
+
+def quantised(tmp_path):
+    torch.manual_seed(0)
+    state = {f"layers.0.{word}_proj.weight": torch.randn(64, 256) for word in "qkvo"}
+    state["layers.0.q_proj.weight"][:, 3] = 45
+    save_file(state, tmp_path / "x.safetensors")
+    return tmp_path / "x.safetensors"
+
+
+def test_advice_names_the_sibling_that_decides(cli, tmp_path):
+    _, out, _ = cli("scan", quantised(tmp_path), "--recommend", "quant", "--sqnr", "40")
+    lines = {line.split(":")[0].strip(): line for line in out.splitlines() if "_proj" in line}
+    assert "no format keeps 40 dB: mxfp8 leaves" in lines["layers.0.q_proj"]
+    for word in "kv":
+        assert "as it is (goes with q_proj:" in lines[f"layers.0.{word}_proj"]
+    assert "int8" in lines["layers.0.o_proj"]
+
+
+def test_advice_is_among_the_formats_that_were_asked_for(cli, tmp_path):
+    model = quantised(tmp_path)
+    found = cli(
+        "scan", model, "--recommend", "quant", "--formats", "mxfp4", "--sqnr", "15", "--json"
+    )
+    assert set(json.loads(found[1])["config_groups"]) == {"mxfp4"}
+    code, _, err = cli("scan", model, "--recommend", "quant", "--formats", "hifp8")
+    assert code == 2
+    assert "chooses among int8, int4, mxfp8, mxfp4, nvfp4" in err
+
+
+def test_classic_advice_leaves_out_what_would_lose_too_much_and_says_so(cli, tmp_path):
+    torch.manual_seed(0)
+    spike = torch.randn(64, 64) + 8
+    save_file(
+        {"spike.weight": spike, "fine.weight": torch.randn(64, 64)}, tmp_path / "x.safetensors"
+    )
+    words = ("--recommend", "compress", "--preset", "classic")
+    _, out, _ = cli("scan", tmp_path / "x.safetensors", *words)
+    assert out.strip() == (
+        "1 layer more would lose over 10% of the norm by the guide's rank; --error 0.99 shows them."
+    )
+    _, out, _ = cli("scan", tmp_path / "x.safetensors", *words, "--error", "0.99")
+    assert "spike: LoRA of rank 4" in out
+
+
+def test_one_layer_bears_and_none_is_said(cli, tmp_path):
+    torch.manual_seed(0)
+    low = torch.randn(64, 4) @ torch.randn(4, 64)
+    save_file({"low.weight": low, "fine.weight": torch.randn(64, 64)}, tmp_path / "x.safetensors")
+    _, out, _ = cli("scan", tmp_path / "x.safetensors", "--recommend", "compress")
+    assert "1 layer bears a low rank" in out
+    _, out, _ = cli(
+        "scan", tmp_path / "x.safetensors", "--recommend", "compress", "--select", "fine"
+    )
+    assert "No layer bears a low rank with an error of 10% of its norm." in out

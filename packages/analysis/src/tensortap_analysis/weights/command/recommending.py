@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tensortap.errors import ConfigError
-from tensortap_analysis.weights.command.tables import shown
+from tensortap_analysis.weights.command.tables import counted, shown
 from tensortap_analysis.weights.options import chosen_methods
 from tensortap_analysis.weights.recommend import (
     LowRank,
@@ -52,14 +52,26 @@ def advice(result: ScanResult, kind: str, preset: str, sqnr_db: float, error: fl
         config = generate_quant_config(result)
         return Advice(config, tuple(_classic_lines(config)))
     if kind == "quant":
-        measured = [name for name in SCHEMES if name in ("int8", *result.options.formats)]
-        plan = quant_plan(result, sqnr_db=sqnr_db, formats=measured)
+        plan = quant_plan(result, sqnr_db=sqnr_db, formats=_choices(result))
         return Advice(plan.to_json(), tuple(_quant_lines(plan)))
     if preset == "classic":
-        found = suggest_compression(result)
-        return Advice([asdict(one) for one in found], tuple(map(_suggestion, found)))
+        found, all_ = (suggest_compression(result, most=most) for most in (error, math.inf))
+        lines = (*map(_suggestion, found), *_refused(len(all_) - len(found), error))
+        return Advice([asdict(one) for one in found], lines)
     ranks = compression_plan(result, error=error)
     return Advice([one.to_json() for one in ranks], tuple(_compress_lines(ranks, error)))
+
+
+def _choices(result: ScanResult) -> list[str]:
+    """Of the formats that were asked for those that can be recommended."""
+    found = [name for name in SCHEMES if name in result.options.formats]
+    if not found:
+        asked = ", ".join(result.options.formats) or "no format"
+        raise ConfigError(
+            f"The scan was of {asked}, and --recommend quant chooses among {', '.join(SCHEMES)}: "
+            "name one of them in --formats."
+        )
+    return found
 
 
 def _classic_lines(config: dict[str, list[str]]) -> Iterator[str]:
@@ -79,6 +91,15 @@ def _quant_lines(plan: QuantPlan) -> Iterator[str]:
     yield "[dim]--json prints it as config_groups and ignore for llm-compressor.[/]"
 
 
+def _refused(count: int, error: float) -> Iterator[str]:
+    """The guide's suggestions that are none."""
+    if count:
+        yield (
+            f"{counted(count, 'layer', 'layers')} more would lose over {error:.0%} of the norm by "
+            "the guide's rank; --error 0.99 shows them."
+        )
+
+
 def _suggestion(found: Suggestion) -> str:
     left = (
         "" if found.error is None else f"; rank {found.rank} leaves an error of {found.error:.0%}"
@@ -91,8 +112,11 @@ def _suggestion(found: Suggestion) -> str:
 
 def _compress_lines(plans: Sequence[LowRank], error: float) -> Iterator[str]:
     saved = sum(plan.saved for plan in plans)
-    count = f"[bold]{len(plans):,} layers bear a low rank with an error of {error:.0%}[/]"
-    yield f"{count}: {saved:,} values less"
+    if not plans:
+        yield f"No layer bears a low rank with an error of {error:.0%} of its norm."
+        return
+    count = f"{counted(len(plans), 'layer bears', 'layers bear')} a low rank"
+    yield f"[bold]{count} with an error of {error:.0%}[/]: {saved:,} values less"
     for plan in plans:
         others = ", ".join(f"{rank}: {left:.0%}" for rank, left in plan.errors.items())
         yield (

@@ -22,6 +22,7 @@ from tensortap_analysis.weights.command.arguments import (
 )
 from tensortap_analysis.weights.command.recommending import Advice, advice, check_advice
 from tensortap_analysis.weights.command.tables import (
+    counted,
     document,
     health_lines,
     layer_table,
@@ -182,10 +183,6 @@ def _say(content: object) -> None:
     sys.stdout.write(json.dumps(content, indent=1) + "\n")
 
 
-def _counted(number: int, one: str, many: str) -> str:
-    return f"{number:,} {one if number == 1 else many}"
-
-
 def _print(result: ScanResult, found: Health, limit: int, health_only: bool) -> None:
     console = Console(soft_wrap=True, highlight=False)
     if not health_only:
@@ -197,8 +194,8 @@ def _print(result: ScanResult, found: Health, limit: int, health_only: bool) -> 
         for note in result.notes:
             console.print(note, style="yellow", markup=False)
     console.print(
-        f"{_counted(len(result), 'matrix', 'matrices')}, "
-        f"{_counted(len(result.vectors), 'vector', 'vectors')}, "
+        f"{counted(len(result), 'matrix', 'matrices')}, "
+        f"{counted(len(result.vectors), 'vector', 'vectors')}, "
         f"{result.parameters:,} values of [bold]{shown(result.source)}[/]"
     )
     for line in health_lines(found, 0 if health_only else 5):

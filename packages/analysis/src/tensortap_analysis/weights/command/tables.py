@@ -72,6 +72,11 @@ def _cell(metrics: Metrics, metric: str, show: Callable[[float], str]) -> str:
     return f"{show(value)}{'~' if metric in metrics['unresolved'] else ''}"
 
 
+def counted(number: int, one: str, many: str) -> str:
+    """`1 layer`, `2 layers`."""
+    return f"{number:,} {one if number == 1 else many}"
+
+
 def shown(name: str) -> str:
     """A name from a file, with nothing in it that a terminal would obey."""
     return escape(name if name.isprintable() else ascii(name))

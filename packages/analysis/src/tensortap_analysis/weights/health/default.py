@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
+from tensortap_analysis.weights.digits import below
 from tensortap_analysis.weights.health import gains, peers, values
 from tensortap_analysis.weights.health.issue import Issue, Layer, Limits, Rule, over
 from tensortap_analysis.weights.health.outliers import standing_out
@@ -119,12 +120,6 @@ def _channel_sqnr(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
         remedy = _blocks(layer, limit)
         yield Issue(layer.name, "sqnr", "critical" if severe else "warning", cause, remedy,
                     value, limit, 10 ** ((limit - value) / 20))  # fmt: skip
-
-
-def below(value: float, limit: float) -> str:
-    """`value` with the digits that it takes to see that it is below `limit`."""
-    digits = next((n for n in range(1, 6) if round(value, n) < limit), 6)
-    return f"{value:.{digits}f}"
 
 
 def _top(layer: Layer) -> str:

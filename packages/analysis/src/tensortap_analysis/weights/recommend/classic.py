@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tensortap_analysis.weights.recommend.compressing import ERROR
+
 Layers = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """Layer to `{method: {metric: value}}`: a `ScanResult` or the like."""
 
@@ -54,9 +56,15 @@ class Suggestion:
     error: float | None
 
 
-def suggest_compression(results: Layers) -> list[Suggestion]:
-    """LoRA or a low rank for layers with a small stable rank, the smallest ratio first."""
-    return sorted(_suggestions(results), key=lambda found: found.ratio)
+def suggest_compression(results: Layers, *, most: float = ERROR) -> list[Suggestion]:
+    """LoRA or a low rank for layers with a small stable rank, the smallest ratio first.
+
+    Left out are those whose rank leaves an error beyond `most`, a share of ||W||: the guide did not
+    look at it, and suggests rank 4 where that loses three quarters of a healthy matrix. With
+    `most=math.inf` its suggestions are as they were.
+    """
+    found = (one for one in _suggestions(results) if one.error is None or one.error <= most)
+    return sorted(found, key=lambda one: one.ratio)
 
 
 def _suggestions(results: Layers) -> Iterator[Suggestion]:

@@ -73,10 +73,14 @@ def _low_ranks(result: ScanResult, error: float) -> Iterator[LowRank]:
 
 
 def _errors(metrics: Metrics) -> dict[int, float]:
-    """The error of each rank that is known, ascending; energy ranks leave at most theirs."""
+    """The error of each rank that is known, ascending; energy ranks leave at most theirs.
+
+    Of a stack the energy rank of the expert that needs most is one that leaves no more in any.
+    """
     found = {int(rank): left for rank, left in (metrics.get("rank_errors") or {}).items()}
-    for metric, left in (("energy_rank_90", 0.1**0.5), ("energy_rank_99", 0.1)):
-        rank = metrics.get(metric)
+    experts = metrics.get("experts", {})
+    for metric, left in (("energy_rank_99", 0.1), ("energy_rank_90", 0.1**0.5)):
+        rank = experts.get(metric, {}).get("max", metrics.get(metric))
         if rank:
             found.setdefault(rank, left)
     return dict(sorted(found.items()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from tensortap.errors import ConfigError, nearest
+from tensortap_analysis.weights.digits import below
 from tensortap_analysis.weights.recommend.schemes import SCHEMES
 from tensortap_analysis.weights.result import Facts, Metrics, ScanResult, encoded
 
@@ -22,7 +24,10 @@ _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3")
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What a layer is given: a format, and its SQNR there; or `None`, and why it is left alone."""
+    """What a layer is given: a format, and its SQNR there; or `None`, and why it is left alone.
+
+    `reason` also names the sibling that a layer goes with, where alone it would bear another one.
+    """
 
     layer: str
     format: str | None
@@ -138,21 +143,62 @@ def _chosen(
 ) -> list[Choice]:
     why = [_left_alone(layer, result.facts[layer], result[layer], keep) for layer in layers]
     if any(why):
-        shared = f"fused with {layers[[bool(one) for one in why].index(True)]}"
+        shared = _goes_with([layer for layer, reason in zip(layers, why, strict=True) if reason])
         return [
             _left(layer, result.facts[layer], reason or shared)
             for layer, reason in zip(layers, why, strict=True)
         ]
-    for name in sorted(formats, key=lambda name: (SCHEMES[name].bits, name)):
-        found = [_sqnr(result[layer], name) for layer in layers]
-        fits = all(SCHEMES[name].fits(_columns(result.facts[layer])) for layer in layers)
-        if fits and all(one is not None and one >= wanted for one in found):
-            return [
-                Choice(layer, name, one, SCHEMES[name].bits, result.facts[layer].numel)
-                for layer, one in zip(layers, found, strict=True)
-            ]
-    reason = f"no format keeps {wanted:g} dB"
-    return [_left(layer, result.facts[layer], reason) for layer in layers]
+    cheapest = sorted(formats, key=lambda name: (SCHEMES[name].bits, name))
+    borne = {layer: _borne(layer, result, wanted, cheapest) for layer in layers}
+    shared_by_all = [name for name in cheapest if all(name in some for some in borne.values())]
+    if shared_by_all:
+        return [_given(layer, result, shared_by_all[0], borne) for layer in layers]
+    bad = [layer for layer in layers if not borne[layer]]
+    if not bad:
+        reason = f"fused with {', '.join(_last(layer) for layer in layers)}: no format suits all"
+        return [_left(layer, result.facts[layer], reason) for layer in layers]
+    return [
+        _left(
+            layer, result.facts[layer],
+            _closest(result[layer], wanted, formats) if layer in bad else _goes_with(bad),
+        )
+        for layer in layers
+    ]  # fmt: skip
+
+
+def _borne(
+    layer: str, result: ScanResult, wanted: float, formats: Sequence[str]
+) -> tuple[str, ...]:
+    """The formats in which the layer alone keeps what is wanted."""
+    columns = _columns(result.facts[layer])
+    return tuple(
+        name for name in formats
+        if SCHEMES[name].fits(columns) and (_sqnr(result[layer], name) or -math.inf) >= wanted
+    )  # fmt: skip
+
+
+def _given(layer: str, result: ScanResult, name: str, borne: Mapping[str, Sequence[str]]) -> Choice:
+    """The format that all siblings bear, and whose fault it is that it is not a cheaper one."""
+    mine = borne[layer][0]
+    others = [one for one, some in borne.items() if mine not in some]
+    reason = _goes_with(others) if mine != name else None
+    numel = result.facts[layer].numel
+    return Choice(layer, name, _sqnr(result[layer], name), SCHEMES[name].bits, numel, reason)
+
+
+def _goes_with(layers: Sequence[str]) -> str:
+    return f"goes with {', '.join(map(_last, layers))}: engines join them into one matrix"
+
+
+def _last(layer: str) -> str:
+    return layer.rpartition(".")[2]
+
+
+def _closest(stats: Mapping[str, Metrics], wanted: float, formats: Sequence[str]) -> str:
+    """Why no format will do, and which comes nearest."""
+    found = [(db, name) for name in formats if (db := _sqnr(stats, name)) is not None]
+    best = f": {max(found)[1]} leaves {below(max(found)[0], wanted)} dB" if found else ""
+    return f"no format keeps {wanted:g} dB{best}"
 
 
 def _left_alone(
