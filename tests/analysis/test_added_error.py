@@ -222,10 +222,12 @@ def test_what_was_not_captured_is_not_said_to_be_equal(llamas):
     [run] = compare(llamas("part", **only), llamas("part-norm", **only, **broken)).runs
     first = run.first_divergence
     assert first.name == "layers.0.input_norm/forward/output"
-    assert not first.known
-    assert str(first).endswith("; what it was computed from was not all captured")
+    assert first.origin == "unknown"
+    assert first.missing == ("layers.0.input_norm/forward/input",)
+    assert "capture layers.0.input_norm/forward/input in both runs" in str(first)
     [run] = compare(llamas("ref"), llamas("norm", **broken)).runs
-    assert run.first_divergence.known
+    assert run.first_divergence.origin == "local"
+    assert not run.first_divergence.missing
     assert str(run.first_divergence).endswith("; nothing it was computed from differs")
 
 

@@ -21,7 +21,7 @@ from tensortap.errors import ConfigError, RunError, SelectionError
 from tensortap.records import decode_float
 from tensortap_analysis import compare
 from tensortap_analysis.captured import sources
-from tensortap_analysis.comparison.tables import LAYERS, first_layers
+from tensortap_analysis.comparison.tables import LAYERS, telling_layers
 from tensortap_analysis.rendering import cell
 from tensortap_analysis.report import write_report
 from tensortap_analysis.report.figures import drawn, hover, logarithmic, whole
@@ -113,7 +113,7 @@ def test_what_goes_into_each_layer_and_what_it_adds_is_a_table(runs, tmp_path):
     write_report(tmp_path / "r.html", runs / "ref", runs / "up")
     words = Page(tmp_path / "r.html").words.split("\n")
     [run] = compare(runs / "ref", runs / "up").runs
-    rows = first_layers(run)
+    rows = telling_layers(run)
     assert [row["layer"] for row in rows] == [f"layers.{number}" for number in range(len(rows))]
     assert "Error by depth, step 0" in words
     for row in rows:

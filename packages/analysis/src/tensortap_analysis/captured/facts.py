@@ -6,12 +6,17 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from tensortap.errors import SelectionError
+from tensortap.selection import Selection
 from tensortap.store import Run
 
 
 @dataclass(frozen=True, slots=True)
 class RunFacts:
-    """Who a run is: its path as given, model, mode, format, versions, and what is wrong with it."""
+    """Who a run is: its path as given, model, mode, format, versions, and what is wrong with it.
+
+    `select` and `phases` are what it was asked to capture; `None` where it does not say.
+    """
 
     path: str
     model: str = ""
@@ -20,6 +25,8 @@ class RunFacts:
     created: str = ""
     versions: Mapping[str, str] | None = None
     problems: tuple[str, ...] = ()
+    select: str | None = None
+    phases: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
@@ -50,7 +57,8 @@ class RunFacts:
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> RunFacts:
         """Inverse of `to_json`."""
-        return cls(**{**document, "problems": tuple(document["problems"])})
+        lists = {key: tuple(document.get(key, ())) for key in ("problems", "phases")}
+        return cls(**{**document, **lists})
 
 
 def facts_of(run: Run, path: str) -> RunFacts:
@@ -60,10 +68,26 @@ def facts_of(run: Run, path: str) -> RunFacts:
         value or _text(info.metadata.get(key))
         for key, value in (("mode", info.mode), ("format", info.format))
     )
-    problems = tuple(run.problems)
+    phases = info.settings.get("phases")
     return RunFacts(
-        path, info.model_class, mode, format, info.created, dict(info.versions), problems
+        path,
+        info.model_class,
+        mode,
+        format,
+        info.created,
+        dict(info.versions),
+        tuple(run.problems),
+        _selection(info.settings.get("select")),
+        tuple(map(str, phases)) if isinstance(phases, list) else (),
     )
+
+
+def _selection(value: object) -> str | None:
+    """A selection that can be parsed: what is in a file may be anything."""
+    try:
+        return Selection.parse(value).text if isinstance(value, str) else None
+    except SelectionError:
+        return None
 
 
 def _text(value: object) -> str | None:

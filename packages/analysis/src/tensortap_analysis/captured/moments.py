@@ -162,13 +162,20 @@ class Catalogue:
                 yield found.as_part(wanted)
 
 
-def catalogue(run: Run, select: str | Iterable[str] = "*", *, step: int | None = None) -> Catalogue:
+def catalogue(
+    run: Run,
+    select: str | Iterable[str] = "*",
+    *,
+    step: int | None = None,
+    among: Collection[int] | None = None,
+) -> Catalogue:
     """Everything a run has of these names; read from its index.
 
-    A fused tensor is listed where its own name or that of a part of it is selected.
+    A fused tensor is listed where its own name or that of a part of it is selected. Of `among`
+    only these steps are listed, in places that do not depend on it.
     """
     parts, whole = _selected(run, select)
-    return Catalogue(run, moments_of(run, whole | set(parts), step), parts, whole)
+    return Catalogue(run, moments_of(run, whole | set(parts), step, among), parts, whole)
 
 
 def captured(
@@ -210,15 +217,20 @@ class _Seen:
     lines: list[tuple[int, int]] = field(default_factory=list)
 
 
-def moments_of(run: Run, names: Collection[str], step: int | None) -> dict[Moment, Captured]:
-    """What a run has of these captured names, in execution order; read from its index."""
+def moments_of(
+    run: Run, names: Collection[str], step: int | None, among: Collection[int] | None = None
+) -> dict[Moment, Captured]:
+    """What a run has of these captured names, in execution order; read from its index.
+
+    Its place in that order does not depend on which names are asked for.
+    """
     infos = {rank: run.info_of(rank) for rank in run.ranks}
     table = in_order(run.table(step=step), infos)
     places = {rank: dp_rank_of(info) for rank, info in infos.items()}
     if len(set(places.values())) == 1:
         places = {}
     seen: dict[Moment, _Seen] = {}
-    for order, (moment, values, line) in enumerate(_rows(table, names, places)):
+    for order, moment, values, line in _rows(table, names, places, among):
         known = seen.setdefault(moment, _Seen(order, values))
         if moment.name.split("/")[1] == "grad":  # the last sum of a rank counts
             known.lines = [other for other in known.lines if other[0] != line[0]]
@@ -242,15 +254,20 @@ def place_of(record: TensorRecord) -> Hashable:
 
 
 def _rows(
-    table: Table, wanted: Collection[str], places: dict[int, int]
-) -> Iterator[tuple[Moment, Values, tuple[int, int]]]:
-    """Moment, values, and (rank, line) of every row of a wanted name."""
+    table: Table, wanted: Collection[str], places: dict[int, int], among: Collection[int] | None
+) -> Iterator[tuple[int, Moment, Values, tuple[int, int]]]:
+    """Place, moment, values, and (rank, line) of every row of a wanted name and step."""
     phases = [name.split("/")[1] for name in table.names]
     listed = np.array([name in wanted for name in table.names], dtype=bool)
-    rows = table.rows[listed[table.rows["name"]]]
+    chosen = listed[table.rows["name"]]
+    if among is not None:
+        chosen &= np.isin(table.rows["step"], list(among))
+    orders, rows = np.flatnonzero(chosen).tolist(), table.rows[chosen]
     fields = ("name", "rank", "flags", "step", "microbatch", "call", "line")
     columns = (rows[field].tolist() for field in fields)
-    for number, rank, flags, step, microbatch, call, line in zip(*columns, strict=True):
+    for order, number, rank, flags, step, microbatch, call, line in zip(
+        orders, *columns, strict=True
+    ):
         phase = phases[number]
         once = phase == "grad"
         moment = Moment(
@@ -262,7 +279,7 @@ def _rows(
             bool(flags & EVAL),
             None if phase in ("param", "grad") else places.get(rank),
         )
-        yield moment, _values(flags), (rank, line)
+        yield order, moment, _values(flags), (rank, line)
 
 
 def _values(flags: int) -> Values:

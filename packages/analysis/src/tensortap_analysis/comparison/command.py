@@ -20,6 +20,7 @@ from tensortap_analysis.comparison.result import Comparison
 from tensortap_analysis.comparison.tables import (
     layers,
     summary,
+    telling_moment,
     tensor_rows,
     tensors,
     unpaired_rows,
@@ -148,10 +149,11 @@ def _markdown_of(run: RunComparison) -> Iterator[str]:
     if run.first_divergence is not None:
         yield f"First divergence of {path}: {as_markdown(str(run.first_divergence))}"
         if len(run.depth) > 1:
-            yield f"Error by depth of {path}, `~` is an estimate:\n\n{layers(run, 'markdown')}"
+            table = layers(run, "markdown")
+            yield f"Error by depth of {path}, {telling_moment(run)}, `~` is an estimate:\n\n{table}"
     lines = [
-        *(f"jump between layers: {change}" for change in run.jumps),
         *(f"abnormal: {text}" for text in run.abnormal),
+        *(f"jump between layers: {change}" for change in run.jumps),
         *(f"not compared: {one.name}: {one.reason}" for one in run.unpaired),
     ]
     if lines:

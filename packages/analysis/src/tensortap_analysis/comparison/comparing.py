@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from itertools import count
 
 from tensortap.errors import ConfigError
-from tensortap_analysis.captured.facts import facts_of
+from tensortap.selection import Selection
+from tensortap_analysis.captured.facts import RunFacts, facts_of
 from tensortap_analysis.captured.moments import Catalogue, Moment, catalogue
 from tensortap_analysis.captured.sources import Source, label, opened
 from tensortap_analysis.captured.steps import require_step
@@ -17,7 +19,10 @@ from tensortap_analysis.comparison.mistakes import (
     require_noise_of_its_own,
 )
 from tensortap_analysis.comparison.result import Comparison, RunComparison, judged_again
+from tensortap_analysis.comparison.tracing import Whole, whole
 from tensortap_analysis.divergence.products import with_products
+from tensortap_analysis.divergence.scope import Scope
+from tensortap_analysis.judging.judgement import Preset
 from tensortap_analysis.judging.presets import preset as known_preset
 from tensortap_analysis.measuring.crews import Crew
 from tensortap_analysis.measuring.examining import BLOCK, examine
@@ -54,7 +59,7 @@ def compare(
     """
     if not runs:
         raise ConfigError("compare needs a reference and at least one run.")
-    known_preset(preset, thresholds)
+    limits = known_preset(preset, thresholds)
     require_noise_of_its_own(runs, noise)
     with ExitStack() as stack:
 
@@ -67,22 +72,36 @@ def compare(
         reference.require_something(select)
         second = listed(noise) if noise is not None else None
         others = [listed(run) for run in runs]
-        work = _Work(reference, second, block)
-        found = work.compare(others, [label(run) for run in runs], progress)
         about = facts_of(reference.run, label(ref))
+        asked = _Asked(about, Selection.parse(select).text, step, limits)
+        work = _Work(reference, second, block, asked)
+        found = work.compare(others, [label(run) for run in runs], progress)
         accepted = facts_of(second.run, label(noise)) if second and noise is not None else None
         remarks = tuple(dead_patterns(select, [reference, *others]))
-        measured = Comparison(about, tuple(found), accepted, preset, remarks=remarks)
+        measured = Comparison(
+            about, tuple(found), accepted, preset, remarks=remarks, select=asked.select
+        )
         return judged_again(measured, thresholds or {})
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What was asked of a reference, and the preset that says what is beyond."""
+
+    ref: RunFacts
+    select: str
+    step: int | None
+    limits: Preset
 
 
 class _Work:
     """The passes over tensors; what the noise run differs by is measured once for all runs."""
 
-    def __init__(self, ref: Catalogue, noise: Catalogue | None, block: int) -> None:
+    def __init__(self, ref: Catalogue, noise: Catalogue | None, block: int, asked: _Asked) -> None:
         self._ref = ref
         self._noise = noise
         self._block = block
+        self._asked = asked
         self._noisy = None if noise is None else Partners(ref, noise)
         self._measured: dict[tuple[str, Moment], Pair | None] = {}
 
@@ -117,8 +136,44 @@ class _Work:
             *gathered(failed),
             *lost(pairing.unpaired, self._ref.run.problems, about.problems),
         )
-        told = with_products(pairs, same, self._ref, other, crew=crew)
-        return RunComparison(about, tuple(told), unpaired, tuple(moved))
+        told, beside = self._parted(pairs, same, other, about, crew)
+        return RunComparison(about, told, unpaired, tuple(moved), beside=beside)
+
+    def _parted(
+        self, pairs: list[Pair], same: list[Match], other: Catalogue, about: RunFacts, crew: Crew
+    ) -> tuple[tuple[Pair, ...], tuple[Pair, ...]]:
+        """The pairs with all that tells inherited from added error, and those that tell it."""
+        asked = self._asked
+        scope = Scope.of(asked.ref, about, asked.select)
+        found = None
+        if asked.select != "*":
+            found = whole(pairs, same, self._ref, other, asked.limits, scope, asked.step)
+        if found is None:
+            return tuple(with_products(pairs, same, self._ref, other, crew=crew)), ()
+        noise = None if self._noise is None else found.of(self._noise, asked.step)
+        further = _Work(found.ref, noise, self._block, asked)
+        both = list(zip(same, pairs, strict=True))
+        traced = [(match, replace(one, traced=one.at in found.traced)) for match, one in both]
+        return further.with_beside(traced, found, crew)
+
+    def with_beside(
+        self, pairs: list[tuple[Match, Pair]], found: Whole, crew: Crew
+    ) -> tuple[tuple[Pair, ...], tuple[Pair, ...]]:
+        """The pairs with what products pass on, and what they were computed from."""
+        outcomes = crew.each(lambda match: self._outcome(match, found.other, crew), found.beside)
+        beside = [
+            (match, outcome)
+            for match, outcome in zip(found.beside, outcomes, strict=True)
+            if isinstance(outcome, Pair)
+        ]
+        every = sorted((*pairs, *beside), key=lambda one: one[1].order)
+        matches, both = [match for match, _ in every], [one for _, one in every]
+        told = with_products(both, matches, self._ref, found.other, crew=crew)
+        selected = {one.at for _, one in pairs}
+        return (
+            tuple(one for one in told if one.at in selected),
+            tuple(one for one in told if one.at not in selected),
+        )
 
     def _outcome(self, match: Match, other: Catalogue, crew: Crew) -> Pair | Unpaired:
         try:

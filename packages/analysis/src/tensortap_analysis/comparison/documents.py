@@ -65,7 +65,8 @@ def _divergence(found: Divergence) -> dict[str, Any]:
         "inherited": encode_float(found.inherited),
         "local": encode_float(found.local),
         "inputs": {name: encode_float(error) for name, error in inputs.items()},
-        "inputs_known": found.known,
+        "inputs_known": not found.missing,
+        "inputs_missing": list(found.missing),
     }
 
 

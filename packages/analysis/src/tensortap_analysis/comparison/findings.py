@@ -8,7 +8,7 @@ from tensortap.tables import grouped
 from tensortap_analysis.comparison.blocks import block
 from tensortap_analysis.comparison.outcome import RunComparison, counted
 from tensortap_analysis.comparison.result import Comparison
-from tensortap_analysis.comparison.tables import layers, tensors
+from tensortap_analysis.comparison.tables import layers, telling_moment, tensors
 from tensortap_analysis.judging.presets import preset
 
 _WHO = {"ref": "only in REF", "run": "only in RUN", "both": "not comparable"}
@@ -35,8 +35,8 @@ def findings(
     yield from (f"  note: {note}" for note in run.notes)
     yield from _estimates(run)
     yield from (f"  {line}" for line in _parting(run))
-    yield from _listed("jump between layers", map(str, run.jumps))
     yield from _listed("abnormal", run.abnormal)
+    yield from _listed("jump between layers", map(str, run.jumps))
     yield from _not_compared(run)
     if run.divergences and len(run.depth) > 1:
         yield from _by_depth(run)
@@ -97,8 +97,14 @@ def _parting(run: RunComparison) -> Iterator[str]:
     most = [f"{found.name} {found.local:.3g}" for found in run.suspects]
     if len(most) > 1:
         yield f"most was added by: {_few(most)}"
-    inherited = len(run.divergences) - len(run.local)
-    yield f"inherited errors: {inherited:,} tensor{'' if inherited == 1 else 's'}"
+    inherited = len(run.divergences) - len(run.local) - len(run.unknown)
+    yield f"inherited errors: {_tensors(inherited)}"
+    if run.unknown:
+        yield f"inherited or added there, not told: {_tensors(len(run.unknown))}"
+
+
+def _tensors(count: int) -> str:
+    return f"{count:,} tensor{'' if count == 1 else 's'}"
 
 
 def _few(words: list[str]) -> str:
@@ -124,10 +130,11 @@ def _not_compared(run: RunComparison) -> Iterator[str]:
 
 def _by_depth(run: RunComparison) -> Iterator[str]:
     moments = {row.at.renamed("") for row in run.depth}
-    first = run.depth[0].at.when
-    more = f" (the first of {len(moments):,} moments; --json has all)" if len(moments) > 1 else ""
+    more = f" (the first that tells of {len(moments):,} moments; --json has all)"
+    least = ", ≥ is at least" if any(row.least for row in run.depth) else ""
+    at = f"{telling_moment(run)}{more if len(moments) > 1 else ''}"
     yield ""
-    yield f"The error by depth, forward, {first}{more}; all relative, ~ is an estimate:"
+    yield f"The error by depth, forward, {at}; all relative, ~ is an estimate{least}:"
     yield layers(run)
 
 

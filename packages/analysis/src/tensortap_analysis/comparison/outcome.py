@@ -22,7 +22,11 @@ Verdict = Literal["agree", "differ", "incomparable"]
 
 @dataclass(frozen=True, slots=True)
 class RunComparison:
-    """One run against the reference: pairs in execution order, a judgement beside each."""
+    """One run against the reference: pairs in execution order, a judgement beside each.
+
+    `beside` are pairs that were not selected, and are not listed or judged, but tell where those
+    that are come from.
+    """
 
     run: RunFacts
     pairs: tuple[Pair, ...]
@@ -33,6 +37,7 @@ class RunComparison:
     divergences: tuple[Divergence, ...] = ()
     depth: tuple[LayerError, ...] = ()
     notes: tuple[str, ...] = ()
+    beside: tuple[Pair, ...] = ()
 
     @property
     def verdict(self) -> Verdict:
@@ -59,6 +64,11 @@ class RunComparison:
     def local(self) -> tuple[Divergence, ...]:
         """The tensors beyond their limits whose inputs certainly do not explain the error."""
         return tuple(found for found in self.divergences if found.origin == "local")
+
+    @property
+    def unknown(self) -> tuple[Divergence, ...]:
+        """Those of which nobody can say whether the error was added there or inherited."""
+        return tuple(found for found in self.divergences if found.origin == "unknown")
 
     @property
     def suspects(self) -> tuple[Divergence, ...]:

@@ -10,6 +10,7 @@ from typing import Any
 from tensortap.errors import ConfigError
 from tensortap.selection import Selection
 from tensortap_analysis.captured.facts import RunFacts
+from tensortap_analysis.captured.moments import Moment
 from tensortap_analysis.captured.steps import spelled
 from tensortap_analysis.comparison.notices import notes, twins, warnings
 from tensortap_analysis.comparison.outcome import RunComparison, Verdict
@@ -17,8 +18,10 @@ from tensortap_analysis.comparison.saving import decoded, encoded, load, save
 from tensortap_analysis.comparison.tables import summary
 from tensortap_analysis.divergence.depth import by_depth
 from tensortap_analysis.divergence.parting import Divergence, divergences
+from tensortap_analysis.divergence.scope import Scope
 from tensortap_analysis.divergence.upstream import upstream
 from tensortap_analysis.judging.acceptance import noise_warnings
+from tensortap_analysis.judging.judgement import Judgement
 from tensortap_analysis.judging.presets import judged, preset
 
 __all__ = ["Comparison", "RunComparison", "Verdict", "judged_again"]
@@ -28,7 +31,8 @@ __all__ = ["Comparison", "RunComparison", "Verdict", "judged_again"]
 class Comparison:
     """A reference and the runs compared with it, judged by a preset; see `compare`.
 
-    `remarks` are warnings about what was asked for, whatever the runs are.
+    `remarks` are warnings about what was asked for, whatever the runs are; `select` is what was
+    compared of them.
     """
 
     ref: RunFacts
@@ -37,6 +41,7 @@ class Comparison:
     preset: str = "noise"
     thresholds: Mapping[str, float] | None = None
     remarks: tuple[str, ...] = ()
+    select: str = "*"
 
     @property
     def verdict(self) -> Verdict:
@@ -99,25 +104,32 @@ class Comparison:
             "preset": self.preset,
             "thresholds": dict(self.thresholds or {}),
             "remarks": list(self.remarks),
+            "select": self.select,
         }
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Comparison:
         """Inverse of `to_json`, judged as it was."""
         remarks = tuple(document["remarks"])
-        found = cls(*decoded(document), document["preset"], remarks=remarks)
+        select = str(document.get("select", "*"))
+        found = cls(*decoded(document), document["preset"], remarks=remarks, select=select)
         return judged_again(found, document["thresholds"])
 
 
 def _narrowed(run: RunComparison, wanted: Selection, step: int | None) -> RunComparison:
-    def fits(at: int) -> bool:
-        return step is None or at == step
+    """What is not wanted is still known: it tells where the rest comes from."""
 
+    def fits(at: Moment) -> bool:
+        return wanted.matches(at.name) and (step is None or at.step == step)
+
+    kept = tuple(pair for pair in run.pairs if fits(pair.at))
+    others = tuple(pair for pair in run.pairs if not fits(pair.at))
     return replace(
         run,
-        pairs=tuple(p for p in run.pairs if wanted.matches(p.name) and fits(p.at.step)),
+        pairs=kept,
+        beside=(*run.beside, *others),
         unpaired=tuple(one for one in run.unpaired if wanted.matches(one.name)),
-        changes=tuple(c for c in run.changes if wanted.matches(c.at.name) and fits(c.at.step)),
+        changes=tuple(change for change in run.changes if fits(change.at)),
     )
 
 
@@ -127,15 +139,33 @@ def judged_again(found: Comparison, thresholds: Mapping[str, float]) -> Comparis
     runs = []
     for run in found.runs:
         judgements = judged(run.pairs, limits)
-        sources = list(upstream(run.pairs))
-        beyond = tuple(divergences(run.pairs, judgements, sources))
-        depth = tuple(by_depth(run.pairs, sources))
-        again = replace(run, judgements=judgements, divergences=beyond, depth=depth)
+        again = parted(
+            replace(run, judgements=judgements), Scope.of(found.ref, run.run, found.select)
+        )
         said = notes(found.ref, again)
         runs.append(replace(again, warnings=_warnings(found, again), notes=tuple(said)))
     for place, warning in twins(runs).items():
         runs[place] = replace(runs[place], warnings=(warning, *runs[place].warnings))
     return replace(found, runs=tuple(runs), thresholds=dict(thresholds))
+
+
+_NOT_JUDGED = Judgement(0.0, "not selected")
+
+
+def parted(run: RunComparison, scope: Scope) -> RunComparison:
+    """A run that is judged, with its divergences, and the error by depth."""
+    judgements = {id(pair): one for pair, one in zip(run.pairs, run.judgements, strict=True)}
+    pairs = (
+        sorted((*run.pairs, *run.beside), key=lambda pair: pair.order) if run.beside else run.pairs
+    )
+    sources = list(upstream(pairs, scope))
+    judged_all = [judgements.get(id(pair), _NOT_JUDGED) for pair in pairs]
+    listed = [id(pair) in judgements for pair in pairs]
+    return replace(
+        run,
+        divergences=tuple(divergences(pairs, judged_all, sources)),
+        depth=tuple(by_depth(pairs, sources, listed)),
+    )
 
 
 def _warnings(found: Comparison, run: RunComparison) -> tuple[str, ...]:

@@ -77,6 +77,7 @@ def encoded(ref: RunFacts, runs: Sequence[RunComparison], noise: RunFacts | None
             {
                 "run": run.run.to_json(),
                 "pairs": [pair.to_json() for pair in run.pairs],
+                "beside": [pair.to_json() for pair in run.beside],
                 "unpaired": [asdict(one) for one in run.unpaired],
                 "changes": [change.to_json() for change in run.changes],
             }
@@ -95,6 +96,7 @@ def decoded(
             tuple(Pair.from_json(pair) for pair in run["pairs"]),
             tuple(Unpaired(**one) for one in run["unpaired"]),
             tuple(Change.from_json(change) for change in run["changes"]),
+            beside=tuple(Pair.from_json(pair) for pair in run.get("beside", ())),
         )
         for run in document["runs"]
     )

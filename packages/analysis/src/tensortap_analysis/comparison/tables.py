@@ -37,6 +37,7 @@ _TENSORS = {
     "excess": "of limit", "grade": "judged",
 }  # fmt: skip
 _LEAST_OF_TENSORS = ("by", "mae", "mse", "when", "max_abs", "sqnr_db", "cosine")
+_OF_FINITE = ("mse", "mae", "max_abs", "cosine", "sqnr_db")
 _NOTHING = 1e-3
 """A share of a layer's error that no module is named for."""
 LAYERS = {
@@ -162,10 +163,18 @@ def tensors(
 ) -> str:
     """The tensors of one run as `text`, `markdown` or `csv`, the worst first.
 
-    In text and Markdown a tensor that is passed on under other names is listed once.
+    In text and Markdown a tensor that is passed on under other names is listed once, and errors
+    are left out that NaN or infinity on one side only makes those of the other elements.
     """
-    rows = tensor_rows(run) if kind == "csv" else _once(tensor_rows(run))
+    rows = tensor_rows(run)
+    if kind != "csv":
+        rows = [_without_rest(row) for row in _once(rows)]
     return _table(rows[: limit or None], kind, _TENSORS, _LEAST_OF_TENSORS, width)
+
+
+def _without_rest(row: Row) -> Row:
+    """A row without what is said of the finite elements alone, where others differ."""
+    return {**row, **dict.fromkeys(_OF_FINITE)} if row["nonfinite_mismatches"] else row
 
 
 def _once(rows: Iterable[Row]) -> list[Row]:
@@ -190,32 +199,52 @@ def layer_rows(run: RunComparison) -> list[Row]:
         {
             "layer": row.layer, "step": row.at.step, "microbatch": row.at.microbatch,
             "when": row.at.when, "input": row.input, "output": row.output, "added": row.added,
-            "by": row.by, "most": row.most, "measured": row.measured,
+            "by": row.by, "most": row.most, "measured": row.measured, "least": row.least,
         }
         for row in run.depth
     ]  # fmt: skip
 
 
 def layers(run: RunComparison, kind: str = "text") -> str:
-    """The error by depth at the first moment, as `text`, `markdown` or `csv` (of all moments)."""
-    return rendered(layer_rows(run) if kind == "csv" else first_layers(run), kind, LAYERS)
+    """The error by depth at one moment, as `text`, `markdown` or `csv` (of all moments)."""
+    return rendered(layer_rows(run) if kind == "csv" else telling_layers(run), kind, LAYERS)
 
 
-def first_layers(run: RunComparison) -> list[Row]:
-    """The rows of the first moment as people read them."""
-    rows = layer_rows(run)
-    return [_spelled(row) for row in rows if row["when"] == rows[0]["when"]]
+def telling_moment(run: RunComparison) -> str:
+    """The first moment at which a layer is beyond its limit, else something is; else the first."""
+    listed = {row.at.renamed(""): row.at.when for row in run.depth}
+    beyond = [found.pair.at for found in run.divergences]
+    within = [at for at in beyond if layer_of(at.name) is not None and "/forward/" in at.name]
+    known = (listed.get(at.renamed("")) for at in (*within, *beyond))
+    return next((when for when in known if when is not None), run.depth[0].at.when)
+
+
+def telling_layers(run: RunComparison) -> list[Row]:
+    """The rows of the `telling_moment` as people read them."""
+    when = telling_moment(run) if run.depth else ""
+    return [_spelled(row) for row in layer_rows(run) if row["when"] == when]
 
 
 def _spelled(row: Row) -> Row:
-    """Modules by what follows the layer's name; `~` before what is an estimate."""
+    """Modules by what follows the layer's name; `~` before an estimate, `≥` before a least."""
+    least = "≥" if row["least"] else ""
     about = "" if row["measured"] else "~"
     by = row["by"] and (row["by"].removeprefix(row["layer"]).lstrip(".") or "itself")
-    added = "-" if row["added"] is None else f"{about}{cell(row['added'])}"
     if row["most"] < _NOTHING * (row["output"] or 0.0):
         by = None
-    most = f"{about}{cell(row['most'])}" if by else "-"
-    return {**row, "added": added, "by": by, "most": most}
+
+    def told(value: float | None, sign: str) -> str:
+        known = value is not None and math.isfinite(value) and (value or sign == "~")
+        return f"{sign}{cell(value)}" if known else cell(value)
+
+    return {
+        **row,
+        "input": told(row["input"], least),
+        "output": told(row["output"], least),
+        "added": told(row["added"], least or about),
+        "by": by,
+        "most": told(row["most"], least or about) if by else "-",
+    }
 
 
 def _table(

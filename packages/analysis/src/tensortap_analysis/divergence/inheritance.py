@@ -61,7 +61,7 @@ def inheritance(pair: Pair, sources: Sources, pairs: Sequence[Pair]) -> Inherita
     basis: Basis = "expected" if gain is None else "noise"
     made = _made(sources, lambda place: pairs[place].error) * (1.0 if gain is None else gain)
     inherited = max([made, *(pairs[place].error for place in sources.through)])
-    return Inheritance(min(inherited, pair.error), most, _beyond(pair.error, inherited), basis)
+    return Inheritance(min(inherited, pair.error), most, beyond(pair.error, inherited), basis)
 
 
 def _most(pair: Pair, given: Pair) -> float:
@@ -99,7 +99,7 @@ def _made(sources: Sources, error: Callable[[int], float]) -> float:
     return math.hypot(beside, *map(error, sorted(set(sources.factors))))
 
 
-def _beyond(error: float, inherited: float) -> float:
+def beyond(error: float, inherited: float) -> float:
     """What is missing between two independent errors: error² = inherited² + local²."""
     if error <= inherited:
         return 0.0

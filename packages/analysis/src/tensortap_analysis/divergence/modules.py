@@ -39,8 +39,9 @@ class Tensor:
 
     @property
     def is_from_outside(self) -> bool:
-        """Was the whole model given it?"""
-        return self.module == ROOT and self.phase == "forward" and not self.returned
+        """Was the whole model given it, or the embedding, whose indices are data?"""
+        whole = self.module == ROOT or (self.module, self.name) == ("embed", "input")
+        return whole and self.phase == "forward" and not self.returned
 
 
 @lru_cache(maxsize=1 << 16)  # the names of a step come again at the next one
@@ -90,6 +91,15 @@ class Tree:
         """The place of the tensor of this name."""
         node = self._nodes.get(tensor.module)
         return None if node is None else node.latest.get(tensor)
+
+    def has(self, module: str, phase: str, *, returned: bool) -> bool:
+        """Was anything seen that this module returned, or was given, in this phase?"""
+        node = self._nodes.get(module)
+        return node is not None and bool(node.own(phase, returned=returned))
+
+    def knows(self, module: str) -> bool:
+        """Was anything seen of this module, or of one inside it?"""
+        return module in self._nodes
 
     def inputs(self, tensor: Tensor) -> Iterator[int]:
         """What its module was given, in the direction of this tensor."""

@@ -13,7 +13,7 @@ from tensortap_analysis.divergence.upstream import Sources
 from tensortap_analysis.judging.judgement import Judgement
 from tensortap_analysis.pairs.pair import Pair
 
-Origin = Literal["local", "inherited"]
+Origin = Literal["local", "inherited", "unknown"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,9 +21,10 @@ class Divergence:
     """A tensor beyond its limit, the errors of what it was computed from, and what that explains.
 
     All errors are relative (L2 of the difference over L2 of the reference). `origin` is what is
-    certain: `local` where the inputs' errors cannot explain the error. `inherited` is what they
-    are expected to make of it, `local` what was added here, by `basis` (see `Inheritance`).
-    `known` is false where not everything that the module was given was compared.
+    certain: `local` where the inputs' errors cannot explain the error, and `unknown` where they
+    cannot, but something it was computed from was not compared: `missing` names that. `inherited`
+    is what they are expected to make of it, `local` what was added here, by `basis` (see
+    `Inheritance`).
     """
 
     pair: Pair
@@ -34,7 +35,7 @@ class Divergence:
     local: float
     origin: Origin
     basis: Basis
-    known: bool = True
+    missing: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -49,7 +50,7 @@ class Divergence:
         """
         estimated = self.basis in ("noise", "expected")
         forward = Tensor.of(self.name).phase == "forward"
-        clear = forward and estimated and self.error > CLEAR * self.inherited
+        clear = forward and estimated and self.error > CLEAR * self.inherited and not self.missing
         return self.origin == "local" or clear
 
     def __str__(self) -> str:
@@ -68,11 +69,14 @@ def _size(found: Divergence) -> str:
 
 def _share(found: Divergence) -> str:
     """What was added here, in words."""
+    if found.origin == "unknown":
+        return "unknown: inherited or added here"
     if math.isinf(found.error):
         return "first seen here" if found.origin == "local" else "inherited"
     if found.basis == "statistics":
         return "inherited or added here: statistics do not tell"
     about = "" if found.basis == "measured" or not found.inherited else "about "
+    about = "at least " if found.pair.by == "statistics" else about
     return f"{found.origin}: {about}{_short(found.local)} added here"
 
 
@@ -80,15 +84,23 @@ def _beside(found: Divergence) -> str:
     """The inputs and their errors, or why there are none."""
     tensor = Tensor.of(found.name)
     worst = sorted((p for p in found.inputs if p.error > 0), key=lambda p: -p.error)[:3]
+    inputs = "its inputs: " + ", ".join(f"{p.name} {_short(p.error)}" for p in worst)
+    if found.origin == "unknown":
+        return f"{inputs}; {_lacking(found)}" if worst else _lacking(found)
     if worst:
-        return "its inputs: " + ", ".join(f"{p.name} {_short(p.error)}" for p in worst)
+        return inputs
     if tensor.is_from_outside:
         return "the runs were given other data"
-    if tensor.phase == "param":
-        return "the weights differ"
-    if not found.known:
-        return "what it was computed from was not all captured"
-    return "nothing it was computed from differs"
+    return (
+        "the weights differ" if tensor.phase == "param" else "nothing it was computed from differs"
+    )
+
+
+def _lacking(found: Divergence) -> str:
+    """What would have to be compared to tell."""
+    *more, last = found.missing[:3]
+    names = f"{', '.join(more)} and {last}" if more else last
+    return f"to tell, capture {names} in both runs: not compared"
 
 
 def divergences(
@@ -104,21 +116,29 @@ def divergences(
         for one in (*(late for late in sources[place].places if late > place), place):
             if not (judgements[one].within or judgement.within or one in told):
                 told.add(one)
-                found = inheritance(pairs[one], sources[one], pairs)
-                given = tuple(pairs[at] for at in sources[one].places)
-                yield _divergence(pairs[one], judgements[one], found, given, sources[one].known)
+                yield divergence(pairs, judgements[one], sources[one], one)
 
 
-def _divergence(
-    pair: Pair, judgement: Judgement, found: Inheritance, given: tuple[Pair, ...], known: bool
+def divergence(
+    pairs: Sequence[Pair], judgement: Judgement, sources: Sources, place: int
 ) -> Divergence:
-    local = found.local if pair.error < math.inf else math.inf
-    origin: Origin = "local" if _is_local(pair, judgement, found) else "inherited"
-    if origin == "inherited" and math.isinf(pair.error):
-        local = 0.0
+    """Of the pair at this place, judged to be beyond its limit."""
+    pair, found = pairs[place], inheritance(pairs[place], sources, pairs)
+    given = tuple(pairs[at] for at in sources.places)
+    origin = _origin(pair, judgement, found, sources)
+    local = found.local
+    if math.isinf(pair.error):
+        local = 0.0 if origin == "inherited" else math.inf
     return Divergence(
-        pair, judgement, given, pair.error, found.inherited, local, origin, found.basis, known
-    )
+        pair, judgement, given, pair.error, found.inherited, local, origin, found.basis,
+        sources.missing,
+    )  # fmt: skip
+
+
+def _origin(pair: Pair, judgement: Judgement, found: Inheritance, sources: Sources) -> Origin:
+    if not _is_local(pair, judgement, found):
+        return "inherited"
+    return "unknown" if sources.missing else "local"
 
 
 def _is_local(pair: Pair, judgement: Judgement, found: Inheritance) -> bool:

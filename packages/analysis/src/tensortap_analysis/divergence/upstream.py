@@ -11,9 +11,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
+from tensortap_analysis.captured.moments import Moment
+from tensortap_analysis.divergence.missing import Compared
 from tensortap_analysis.divergence.modules import Tensor, Tree
-from tensortap_analysis.pairs.pair import Pair
+from tensortap_analysis.divergence.scope import Covers, Scope
+
+
+class Seen(Protocol):
+    """A pair, or one that was not measured and is only known by its name and moment."""
+
+    @property
+    def at(self) -> Moment: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def equal(self) -> bool: ...
+    @property
+    def error(self) -> float: ...
+    @property
+    def traced(self) -> bool: ...
+    @property
+    def numbers(self) -> tuple[object, ...]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,14 +42,14 @@ class Sources:
 
     Those of `factors` (a module's inputs and weights) add up. Of `beside` (what the forward pass
     had, in a gradient) and `through` (what the modules inside returned, or the same tensor under
-    another name) the worst counts. `known`: everything the module was given was compared, or it
-    has no inputs; else more may have differed.
+    another name) the worst counts. `missing` names what it was computed from as well, and what was
+    not compared: that may have differed, too.
     """
 
     factors: tuple[int, ...] = ()
     beside: tuple[int, ...] = ()
     through: tuple[int, ...] = ()
-    known: bool = True
+    missing: tuple[str, ...] = ()
 
     @property
     def places(self) -> tuple[int, ...]:
@@ -37,8 +57,8 @@ class Sources:
         return tuple(sorted({*self.factors, *self.beside, *self.through}))
 
 
-def upstream(pairs: Iterable[Pair]) -> Iterator[Sources]:
-    """For each pair what it was computed from; pairs in execution order.
+def upstream(pairs: Iterable[Seen], scope: Scope) -> Iterator[Sources]:
+    """For each pair what it was computed from; pairs in execution order, compared in this scope.
 
     Nothing is looked for of what is equal. A weight as it was used may be recorded after the
     output that it made, and the gradient that a module is given after the one that it returns:
@@ -52,7 +72,8 @@ def upstream(pairs: Iterable[Pair]) -> Iterator[Sources]:
         tensor = Tensor.of(pair.name)
         found = weights.past(tensor, pair.at.step)
         if tensor.is_weight:
-            found = replace(found, factors=weights.parameter(tensor))
+            lost = weights.missing(tensor, pair.at.step)
+            found = replace(found, factors=weights.parameter(tensor), missing=lost)
         else:
             moment = _moment(pair)
             plain = histories.get((*moment, False)) if pair.at.recompute else None
@@ -60,13 +81,15 @@ def upstream(pairs: Iterable[Pair]) -> Iterator[Sources]:
             given = belated.gradients(tensor, moment, place)
             if not pair.equal:
                 used = weights.used(tensor) | belated.operands(tensor, moment)
-                found = _joined(found, history.sources(tensor, pair, given), used.values())
+                covers = scope.of_pair(traced=pair.traced)
+                own = history.sources(tensor, pair, given, covers)
+                found = _joined(found, own, used.values())
             history.add(tensor, pair, place, alike=not given)
         yield found
         weights.add(tensor, place)
 
 
-def _moment(pair: Pair) -> tuple[object, ...]:
+def _moment(pair: Seen) -> tuple[object, ...]:
     at = pair.at
     return at.step, at.microbatch, at.dp_rank, at.eval
 
@@ -74,7 +97,7 @@ def _moment(pair: Pair) -> tuple[object, ...]:
 class _Belated:
     """What may be recorded after that which is made of it."""
 
-    def __init__(self, pairs: Sequence[Pair]) -> None:
+    def __init__(self, pairs: Sequence[Seen]) -> None:
         self._operands: dict[tuple[object, str, str], dict[str, int]] = {}
         self._gradients: dict[tuple[object, str], list[int]] = {}
         for place, pair in enumerate(pairs):
@@ -108,7 +131,7 @@ def _joined(past: Sources, found: Sources, weights: Iterable[int]) -> Sources:
         (*found.factors, *weights),
         found.beside,
         (*found.through, *past.through),
-        found.known,
+        found.missing,
     )
 
 
@@ -148,6 +171,11 @@ class _Weights:
         place = self.latest.get(tensor.module, {}).get(f"param/{tensor.name}")
         return () if place is None else (place,)
 
+    def missing(self, tensor: Tensor, step: int) -> tuple[str, ...]:
+        """What changed a parameter before the first step that it was compared at."""
+        known = tensor.phase != "param" or step == 0 or self.latest.get(tensor.module)
+        return () if known else (f"{tensor.module}/param/{tensor.name} before step {step}",)
+
     def used(self, tensor: Tensor) -> dict[str, int]:
         """The parameters of the module that makes this tensor with them, by name."""
         if not tensor.returned or tensor.phase == "grad":
@@ -175,27 +203,36 @@ class _History:
         self._alike: dict[tuple[object, ...], int] = {}
         self._last: int | None = None
 
-    def add(self, tensor: Tensor, pair: Pair, place: int, *, alike: bool) -> None:
+    def add(self, tensor: Tensor, pair: Seen, place: int, *, alike: bool) -> None:
         """Remember a tensor for those that come later; where `alike`, also by its numbers."""
         self._tree.add(tensor, place)
         if pair.error > 0 and alike:
-            self._alike[_numbers(pair)] = place
+            self._alike[pair.numbers] = place
         self._last = place
 
-    def sources(self, tensor: Tensor, pair: Pair, belated: tuple[int, ...]) -> Sources:
+    def sources(
+        self, tensor: Tensor, pair: Seen, belated: tuple[int, ...], covers: Covers
+    ) -> Sources:
         """What it comes from; the tensor before it, where names tell nothing."""
         found = self._by_names(tensor)
         if belated:
-            found = replace(found, factors=belated, known=True)
-        twin = self._alike.get(_numbers(pair))
+            found = replace(found, factors=belated)
+        twin = self._alike.get(pair.numbers)
         if twin is not None:
             return replace(found, through=(*found.through, twin))
+        found = replace(found, missing=self._missing(tensor, covers, bool(belated)))
         if found.places or tensor.is_from_outside:
             return found
         known = self._plain.find(tensor) if self._plain is not None else None
         if known is not None:
             return Sources(through=(known,))
-        return Sources(through=() if self._last is None else (self._last,), known=False)
+        return replace(found, through=() if self._last is None else (self._last,))
+
+    def _missing(self, tensor: Tensor, covers: Covers, belated: bool) -> tuple[str, ...]:
+        found = Compared(self._tree, covers).missing(tensor, belated=belated)
+        if found and self._plain is not None:
+            return self._plain._missing(tensor, covers, belated)
+        return found
 
     def find(self, tensor: Tensor) -> int | None:
         """The place of this very tensor."""
@@ -205,13 +242,6 @@ class _History:
         forward = tensor.phase == "forward"
         beside = () if forward else tuple(self._tree.beside(tensor))
         if not tensor.returned:
-            given = tuple(self._tree.given(tensor))
-            return Sources(given, beside, (), bool(given or beside or tensor.is_from_outside))
+            return Sources(tuple(self._tree.given(tensor)), beside)
         own = tuple(self._tree.inputs(tensor)) or tuple(self._tree.given(tensor))
-        inside = tuple(self._tree.inside(tensor))
-        return Sources(own, beside, inside, bool(own or inside))
-
-
-def _numbers(pair: Pair) -> tuple[object, ...]:
-    metrics = pair.metrics
-    return (metrics.count, metrics.ref.rms, metrics.other.rms, metrics.mse, metrics.max_abs)
+        return Sources(own, beside, tuple(self._tree.inside(tensor)))

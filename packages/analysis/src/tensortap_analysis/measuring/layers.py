@@ -39,8 +39,8 @@ class Change:
 
     @property
     def jumps(self) -> bool:
-        """Is it a jump in either run?"""
-        return any(x is not None and not x <= JUMP for x in (self.ref_max, self.other_max))
+        """Is it a jump in either run? One to NaN or Inf is none: such layers are abnormal."""
+        return any(x is not None and JUMP < x < math.inf for x in (self.ref_max, self.other_max))
 
     def __str__(self) -> str:
         return (

@@ -56,7 +56,8 @@ class Pair:
     `metrics` of a pair compared by statistics hold what each side said of itself and no
     difference; `bounds` tell how large it must be. `noise` is the same of the noise run, where
     there is one. `passed` tells inherited from added error, where that was measured. `order` is
-    the place in the execution order of the reference.
+    the place in the execution order of the reference. `traced`: what it was computed from was
+    looked for in the whole runs, also among what was not selected.
     """
 
     at: Moment
@@ -69,6 +70,13 @@ class Pair:
     note: str | None = None
     noise: Pair | None = None
     passed: Passed | None = None
+    traced: bool = False
+
+    @property
+    def numbers(self) -> tuple[object, ...]:
+        """What is equal for a tensor and the same one under another name, if it differs."""
+        found = self.metrics
+        return (found.count, found.ref.rms, found.other.rms, found.mse, found.max_abs)
 
     @property
     def name(self) -> str:
@@ -109,7 +117,7 @@ class Pair:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON; the inverse is `from_json`."""
-        plain = {"order": self.order, "by": self.by, "note": self.note}
+        plain = {"order": self.order, "by": self.by, "note": self.note, "traced": self.traced}
         return plain | {
             "at": asdict(self.at),
             "ref": asdict(self.ref),
@@ -135,6 +143,7 @@ class Pair:
             note=document["note"],
             noise=None if noise is None else cls.from_json(noise),
             passed=None if passed is None else _passed(passed),
+            traced=bool(document.get("traced", False)),
         )
 
     def with_noise(self, noise: Pair | None) -> Pair:

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from tensortap.tables import grouped
 from tensortap_analysis.captured.words import layer_of
 from tensortap_analysis.comparison.result import Comparison, RunComparison
-from tensortap_analysis.comparison.tables import LAYERS, first_layers
+from tensortap_analysis.comparison.tables import LAYERS, telling_layers, telling_moment
 from tensortap_analysis.judging.presets import Judgement
 from tensortap_analysis.pairs.pair import Pair
 from tensortap_analysis.rendering import cell
@@ -193,8 +193,8 @@ def _words(run: RunComparison, label: str) -> Html:
     for title, lines in (
         ("Notes", list(run.notes)),
         ("Errors added there (local)", [str(found) for found in run.local]),
-        ("Jumps between layers", [str(change) for change in run.jumps]),
         ("Abnormal", list(run.abnormal)),
+        ("Jumps between layers", [str(change) for change in run.jumps]),
         *((_WHO[who], list(grouped(_rows(run, who)))) for who in _WHO),
     ):
         if lines:
@@ -208,9 +208,9 @@ def _depth(run: RunComparison) -> Iterator[Html]:
     """The error that goes into each layer and comes out, and what is added inside."""
     if not run.divergences or len(run.depth) < 2:
         return
-    yield tag("h4", f"Error by depth, {run.depth[0].at.when}")
+    yield tag("h4", f"Error by depth, {telling_moment(run)}")
     yield tag("p", "Relative L2 errors of the forward pass; ~ is an estimate.", class_="says")
-    rows = ({key: cell(row[key]) for key in LAYERS} for row in first_layers(run))
+    rows = ({key: cell(row[key]) for key in LAYERS} for row in telling_layers(run))
     yield table(LAYERS, rows, {"layer", "by"})
 
 
