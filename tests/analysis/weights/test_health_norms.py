@@ -1,6 +1,14 @@
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import (
+    Dinov2Config,
+    Dinov2Model,
+    ViTMAEConfig,
+    ViTMAEModel,
+    Wav2Vec2Config,
+    Wav2Vec2Model,
+)
 
 from tensortap_analysis.weights import Scope
 from tensortap_analysis.weights.health import health
@@ -81,3 +89,38 @@ def test_the_expert_of_a_column_is_named_with_it(tmp_path):
     x[2, :, 9] *= 200
     issues = report(tmp_path, {"mlp.experts.down_proj": x}).at_least("info")
     assert any("Column 9 of expert 2 is" in issue.cause for issue in issues)
+
+
+SMALL = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64
+}  # fmt: skip
+IMAGES = {**SMALL, "image_size": 32, "patch_size": 16}
+
+
+@pytest.mark.parametrize("preset", ["default", "classic"])
+@pytest.mark.parametrize(
+    "fresh",
+    [
+        lambda: Dinov2Model(Dinov2Config(**IMAGES)),
+        lambda: ViTMAEModel(ViTMAEConfig(**IMAGES)),
+        lambda: Wav2Vec2Model(
+            Wav2Vec2Config(**SMALL, conv_dim=(64,) * 7, num_conv_pos_embeddings=16)
+        ),
+    ],
+)
+def test_tokens_that_begin_at_zero_and_convolutions_of_different_widths_are_healthy(fresh, preset):
+    torch.manual_seed(0)
+    found = health(Scope(fresh()).scan("norms,sparsity"), preset)
+    assert not [str(issue) for issue in found.at_least("warning")]
+
+
+def test_a_convolution_that_exploded_among_others_of_different_widths_is_named():
+    torch.manual_seed(0)
+    model = torch.nn.Module()
+    model.convs = torch.nn.ModuleList(
+        torch.nn.ModuleDict({"conv": torch.nn.Conv1d(1 if n == 0 else 32, 32, 8)}) for n in range(6)
+    )
+    with torch.no_grad():
+        model.convs[3]["conv"].weight *= 40
+    found = health(Scope(model).scan("norms,sparsity"))
+    assert [issue.layer for issue in found.at_least("warning")] == ["convs.3.conv"]

@@ -249,6 +249,53 @@ def test_stacks_of_experts_lie_by_the_hidden_size(tmp_path, turned):
         assert torch.equal(torch.stack(list(found[name].matrices())), wanted)
 
 
+@pytest.mark.parametrize("both", [False, True])
+def test_square_experts_lie_as_those_beside_them(tmp_path, both):
+    """As in gpt-oss, where a hidden size is also that inside of an expert."""
+    up, down = torch.randn(2, 8, 4), torch.randn(2, 4, 4)
+    state = {"mlp.experts.gate_up_proj": up, "mlp.experts.down_proj": down}
+    if both:
+        state = {name: tensor.transpose(1, 2).contiguous() for name, tensor in state.items()}
+    found = by_layer(safetensors_folder(tmp_path / "m", state, config={"hidden_size": 4}))
+    for name, wanted in (("mlp.experts.gate_up_proj", up), ("mlp.experts.down_proj", down)):
+        assert torch.equal(torch.stack(list(found[name].matrices())), wanted)
+
+
+EMBEDDINGS = (
+    "model.embed_tokens", "embeddings.word_embeddings", "transformer.wte", "tok_embeddings",
+    "embedding.position_embeddings", "shared", "decoder.embed_positions", "gpt_neox.embed_in",
+)  # fmt: skip
+PRODUCTS = (
+    "embed_out", "time_embedding.linear_1", "t_embedder.mlp.0", "embeddings_project",
+    "encoder.embedding_hidden_mapping_in", "visual.patch_embed", "embed_tokens_proj.linear",
+)  # fmt: skip
+
+
+def test_an_embedding_is_told_by_the_last_word_of_its_name(tmp_path):
+    state = {f"{name}.weight": torch.randn(6, 4) for name in EMBEDDINGS + PRODUCTS}
+    save_file(state, tmp_path / "x.safetensors")
+    found = by_layer(tmp_path / "x.safetensors")
+    assert {name for name, one in found.items() if one.kind == "embedding"} == set(EMBEDDINGS)
+    assert {name for name, one in found.items() if one.kind == "linear"} == set(PRODUCTS)
+
+
+def test_modules_say_what_their_weights_are_whatever_they_are_called():
+    embed = nn.Linear(4, 6)
+    found = by_layer(nn.ModuleDict({"0": nn.Embedding(5, 4), "word_embeddings": embed}))
+    assert found["0"].kind == "embedding"
+    assert found["word_embeddings"].kind == "linear"
+
+
+def test_class_tokens_and_tables_of_positions_are_no_stacks_of_experts(tmp_path):
+    shapes = {"cls_token": (1, 1, 32), "mask_token": (1, 32), "position_embeddings": (1, 9, 32)}
+    state = {f"embeddings.{name}": torch.zeros(shape) for name, shape in shapes.items()}
+    state["head.weight"] = torch.randn(1, 32)
+    save_file(state, tmp_path / "x.safetensors")
+    kinds = [by_layer(tmp_path / "x.safetensors")[f"embeddings.{name}"].kind for name in shapes]
+    assert kinds == ["vector", "vector", "table"]
+    assert by_layer(tmp_path / "x.safetensors")["head"].kind == "linear"
+
+
 def test_integers_are_no_weights_and_say_so(tmp_path):
     state = {"position_ids": torch.arange(9), "lut": torch.ones(2, 2, dtype=torch.int8)}
     save_file({**state, "x.weight": torch.ones(2, 2)}, tmp_path / "x.safetensors")

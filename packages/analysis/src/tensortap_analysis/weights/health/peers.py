@@ -26,6 +26,8 @@ _PRODUCTS = ("linear", "convolution", "experts")
 def norms(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
     """Root mean squares far from the median of their peers, and what no layer should have.
 
+    Of peers that have different numbers of inputs the gains are compared.
+
     Far is beyond `norm_ratio` times it, and beyond `norm_spreads` median absolute deviations of
     the logarithm: where norms grow or fall with the depth, all are ordinary. Where all have
     exploded, or there are no peers, the gain tells: outputs over independent inputs, which is 0.5
@@ -49,13 +51,17 @@ def norms(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
 
 def _unlike_peers(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
     for group in _groups(layers):
-        logs = {layer.name: math.log(size) for layer, size in group}
+        # Of different widths, as of convolutions one after the other, the values say nothing.
+        wide = len({layer.inputs for layer, _ in group}) > 1
+        scale = {layer.name: math.sqrt(layer.inputs) if wide else 1.0 for layer, _ in group}
+        logs = {layer.name: math.log(size * scale[layer.name]) for layer, size in group}
         median = statistics.median(logs.values())
         spread = statistics.median(abs(log - median) for log in logs.values())
         limit = max(math.log(limits["norm_ratio"]), limits["norm_spreads"] * spread)
         for layer, size in group:
             if abs(logs[layer.name] - median) > limit:
-                yield _unlike(layer, size, math.exp(median), math.exp(limit), limits)
+                usual = math.exp(median) / scale[layer.name]
+                yield _unlike(layer, size, usual, math.exp(limit), limits)
 
 
 def _gains(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:

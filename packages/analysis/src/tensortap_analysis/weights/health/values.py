@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -11,6 +12,7 @@ from tensortap_analysis.weights.health.issue import Issue, Layer, Limits, Rule, 
 from tensortap_analysis.weights.health.places import largest, where
 
 LIMITS: Mapping[str, float] = {"dead": 0.1, "range": 0.5, "value": 300.0}
+_BEGINS_AT_ZERO = re.compile(r"pos|wpe|codebook", re.IGNORECASE)
 _NARROW = ("float16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
 
 
@@ -26,13 +28,16 @@ def not_finite(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
 
 
 def zero(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
-    """Matrices of zeros are critical, but for a LoRA that has not begun."""
+    """Matrices of zeros are critical, but for a LoRA that has not begun, and tables like that."""
     for layer in layers:
         if layer.vector or not layer.zero or not layer.facts.numel:
             continue
         if "lora_b" in layer.name.lower():
             cause = "All its values are 0, as before the first step of a LoRA."
             yield Issue(layer.name, "zero", "info", cause, "Was the adapter trained at all?")
+        elif layer.facts.kind == "embedding" and _BEGINS_AT_ZERO.search(layer.name):
+            cause = "All its values are 0, as before the first step."
+            yield Issue(layer.name, "zero", "info", cause, "Was the model trained at all?")
         else:
             cause = "All its values are 0: nothing passes through it."
             remedy = "Was it loaded, and initialised? Compare names with those of the model."

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from tensortap_analysis.weights.sources.source import Entry, Listing, Skipped
+from tensortap_analysis.weights.weight import Kind
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _ROWS_ARE_INPUTS = "a transposed convolution: its rows are inputs, as they are read from a file"
@@ -47,8 +48,16 @@ def _entry(name: str, tensor: torch.Tensor, owner: nn.Module | None) -> Entry:
         name, tuple(tensor.shape), tensor.dtype, _loader(tensor),
         # GPT-2's, which is no class of torch; a file tells it by the length of the bias.
         transposed=type(owner).__name__ == "Conv1D",
+        kind=_kind(owner) if name.endswith("weight") and tensor.ndim == 2 else None,
         note=_ROWS_ARE_INPUTS if turned else None,
     )  # fmt: skip
+
+
+def _kind(owner: nn.Module | None) -> Kind | None:
+    """What its class says, whatever it is called."""
+    if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
+        return "embedding"
+    return "linear" if isinstance(owner, nn.Linear) else None
 
 
 def _unreadable(tensor: torch.Tensor) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tensortap.errors import TensortapError
-from tensortap_analysis.weights.weight import Weight
+from tensortap_analysis.weights.weight import Kind, Weight
 
 Config = Mapping[str, Any]
 """The `config.json` beside a checkpoint; empty where there is none."""
@@ -39,7 +39,8 @@ class Entry:
 
     `dtype` is `None` where torch has none like it, and `stored` says what it is called there.
     `transposed` is set where the place it comes from knows that it lies [in, out]. `decoded`:
-    `load` computes the values from codes and scales. The rest as in `Weight`.
+    `load` computes the values from codes and scales. `kind` is set where the module is at hand.
+    The rest as in `Weight`.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Entry:
     stored: str = ""
     transposed: bool = False
     decoded: bool = False
+    kind: Kind | None = None
     note: str | None = None
 
     @property
