@@ -6,6 +6,7 @@ After neuronx_distributed_inference/models/llama/modeling_llama.py and modules/a
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,6 +26,14 @@ from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
     apply_rotary_pos_emb,
 )
+
+KERNELS = (
+    "qkv_kernel_enabled",
+    "qkv_kernel_fuse_residual_add",
+    "mlp_kernel_enabled",
+    "mlp_kernel_fuse_residual_add",
+)
+"""Flags of a NeuronConfig."""
 
 
 def tiny_config(**more: Any) -> LlamaConfig:
@@ -90,6 +99,24 @@ class FakeO(nn.Module):
         return self.o_proj(value)
 
 
+@dataclass(frozen=True)
+class FakeAttentionOutput:
+    """attention_base.py, NeuronAttentionBaseOutput: fields, which unpack like four of a tuple."""
+
+    hidden_states: Any
+    present_key_value: Any
+    cos_cache: Any = None
+    sin_cache: Any = None
+    residual: Any = None
+    attn_input_hidden_states: Any = None
+
+    def __iter__(self):
+        return iter([self.hidden_states, self.present_key_value, self.cos_cache, self.sin_cache])
+
+    def __getitem__(self, place):
+        return getattr(self, fields(self)[place].name)
+
+
 class FakeCache:
     """KVCacheManager: keys and values of one layer, no part of the layer's own state."""
 
@@ -109,7 +136,11 @@ class FakeAttention(nn.Module):
         self.width = self.qkv_proj.head_dim
         self.cache = FakeCache()
 
-    def forward(self, hidden_states, attention_mask=None, position_ids=None, rotary=None, length=0):
+    def forward(self, hidden_states, rmsnorm=None, residual=None, rotary=None, length=0):
+        if residual is not None:
+            hidden_states = residual = hidden_states + residual
+        if rmsnorm is not None:  # The kernel takes its weight; the module itself is not called.
+            hidden_states = type(rmsnorm).forward(rmsnorm, hidden_states)
         if self.split and length == 0:
             hidden_states = gathered(hidden_states, 1, self.group)
         q, k, v, _ = self.qkv_proj(hidden_states)
@@ -127,7 +158,8 @@ class FakeAttention(nn.Module):
         if not length:
             scores = scores + torch.full((tokens, tokens), float("-inf")).triu(1)
         context = scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
-        return self.o_proj(context.transpose(1, 2).reshape(rows, tokens, -1)), self.cache.kept
+        attended = self.o_proj(context.transpose(1, 2).reshape(rows, tokens, -1))
+        return FakeAttentionOutput(attended, self.cache.kept, *rotary, residual)
 
 
 class FakeMLP(nn.Module):
@@ -143,14 +175,19 @@ class FakeMLP(nn.Module):
         self.down_proj = RowParallelLinear(wide, narrow, pad=True, **more)
         self.act_fn = nn.SiLU()
 
-    def forward(self, hidden_states):
-        return self.down_proj(
-            self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
-        ), None
+    def forward(self, x, rmsnorm=None, residual=None):
+        if residual is not None:
+            x = residual = x + residual
+        if rmsnorm is not None:
+            x = type(rmsnorm).forward(rmsnorm, x)
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)), residual
 
 
 class FakeDecoderLayer(nn.Module):
-    """NeuronLlamaDecoderLayer: a tuple whose last part is a residual that was not added yet."""
+    """NeuronLlamaDecoderLayer: a tuple whose last part is a residual that was not added yet.
+
+    `qkv_kernel_enabled` and `mlp_kernel_enabled` hand the norm over, uncalled.
+    """
 
     def __init__(self, config, neuron, group) -> None:
         super().__init__()
@@ -158,20 +195,32 @@ class FakeDecoderLayer(nn.Module):
         self.self_attn = FakeAttention(config, neuron, group)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = FakeMLP(config, neuron, group)
-        self.fused = neuron.qkv_kernel_fuse_residual_add
+        self.split = neuron.sequence_parallel_enabled
+        self.qkv_kernel, self.qkv_adds, self.mlp_kernel, self.mlp_adds = (
+            getattr(neuron, flag, False) for flag in KERNELS
+        )
 
     def forward(self, hidden_states, residual=None, length=0, **more):
-        if residual is not None:  # The kernel of the projections adds it.
-            hidden_states = hidden_states + residual
-        residual = hidden_states
-        attended, kept = self.self_attn(
-            hidden_states=self.input_layernorm(hidden_states), length=length, **more
+        entry, apart = hidden_states, self.split and not length
+        norm = self.input_layernorm if self.qkv_kernel and not apart else None
+        if norm is None:
+            hidden_states = self.input_layernorm(hidden_states)
+        attended = self.self_attn(
+            hidden_states=hidden_states, rmsnorm=norm, residual=residual, length=length, **more
         )
-        hidden_states = residual = residual + attended
-        hidden_states, _ = self.mlp(self.post_attention_layernorm(hidden_states))
-        if not self.fused or length:
-            return hidden_states + residual, kept, None, None, None
-        return hidden_states, kept, None, None, residual
+        residual = entry if attended.residual is None else attended.residual
+        hidden_states, norm = attended.hidden_states, self.post_attention_layernorm
+        if self.mlp_kernel and self.mlp_adds:
+            hidden_states, residual = self.mlp(hidden_states, rmsnorm=norm, residual=residual)
+        else:
+            hidden_states = residual = residual + hidden_states
+            if not self.mlp_kernel or apart:
+                hidden_states, norm = norm(hidden_states), None
+            hidden_states, _ = self.mlp(hidden_states, rmsnorm=norm)
+        kept = (attended.present_key_value, attended.cos_cache, attended.sin_cache)
+        if not self.qkv_adds or length:
+            return hidden_states + residual, *kept, None
+        return hidden_states, *kept, residual
 
 
 class FakeNeuronLlama(nn.Module):

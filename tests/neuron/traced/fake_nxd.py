@@ -225,6 +225,10 @@ class TensorRegistry:
         info = self.model_info
         kept = tensor.clone().detach()
         if any(name == path or name.startswith(f"{path}.") for path in info.modules_to_capture):
+            if "lm_head" in name:
+                assert not module.sequence_parallel_enabled
+                if not module.keep_padded_output and module.pad and module.pad_size > 0:
+                    kept = kept.narrow(-1, 0, module.output_size - module.pad_size)
             info.module_tensors[name] = kept  # A second call of a module replaces the first.
             return
         if info.max_tensors is not None and len(info.manual_tensors) >= info.max_tensors:
@@ -282,6 +286,11 @@ def _register(registry, prefix, value, module) -> None:
     elif isinstance(value, dict):
         for key, item in value.items():
             _register(registry, f"{prefix}.{key}", item, module)
+    elif hasattr(value, "__dict__") and not isinstance(value, type):  # A dataclass, for one.
+        for field in dir(value):  # By the alphabet; what is no tensor is left out.
+            found = None if field.startswith("_") else getattr(value, field)
+            if isinstance(found, torch.Tensor):
+                registry.register_tensor(f"{prefix}.{field}", found)
 
 
 def enable_tensor_capture(model, modules_to_capture=None, max_tensors=None, capture_inputs=False):

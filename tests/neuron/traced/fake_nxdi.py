@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 from tests.neuron.traced import fake_nxd
-from tests.neuron.traced.fake_llama import FakeNeuronLlama
+from tests.neuron.traced.fake_llama import KERNELS, FakeNeuronLlama
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
@@ -55,7 +55,8 @@ class NeuronConfig:
         self.seq_len = options.pop("seq_len", 64)
         self.context_encoding_buckets = options.pop("context_encoding_buckets", [8, 16])
         self.sequence_parallel_enabled = options.pop("sequence_parallel_enabled", False)
-        self.qkv_kernel_fuse_residual_add = options.pop("qkv_kernel_fuse_residual_add", False)
+        for kernel in KERNELS:
+            setattr(self, kernel, options.pop(kernel, False))
         self.on_device_sampling_config = options.pop("on_device_sampling_config", None)
         self.output_logits = options.pop("output_logits", False)
         self.enable_fused_speculation = options.pop("enable_fused_speculation", False)

@@ -81,6 +81,30 @@ def test_globs_choose_modules_and_inputs():
     }
 
 
+def test_of_attention_nxdi_has_the_input_and_the_output_of_its_projection():
+    capture = traced.prepare(CONFIG, "layers.0.*/forward/output,!layers.0.*norm/*")
+    assert list(capture.names.values()) == ["layers.0.attn.out", "layers.0.mlp"]
+    assert capture.modules[0] == "layers.0.self_attn.o_proj"
+    assert traced.prepare(CONFIG, "layers.0.attn/forward/input").modules == ("layers.0.self_attn",)
+    for options in ({}, {"modules": ["layers.0.self_attn"]}):
+        with pytest.raises(SelectionError, match=r"hands out cos_cache.*that of attn\.out"):
+            traced.prepare(CONFIG, "layers.*.attn/forward/output", **options)
+
+
+def test_an_attention_of_two_kinds_has_no_projection_that_its_configuration_could_name():
+    """With context parallelism it has `cte_o_proj` and `tkg_o_proj`."""
+    neuron = fake_nxdi.NeuronConfig(on_device_sampling_config=object(), cp_degree=2)
+    config = SimpleNamespace(**vars(CONFIG), neuron_config=neuron)
+    with pytest.raises(SelectionError, match="give modules="):
+        traced.prepare(config, "layers.*.attn.out/forward/output")
+
+
+def test_the_example_of_prepare_selects_the_layers_and_nothing_in_them():
+    example = "layers.*/forward/output,!layers.*.*/*"
+    assert example in traced.prepare.__doc__
+    assert traced.prepare(CONFIG, example).modules == ("layers.0", "layers.1")
+
+
 def test_the_modules_of_a_live_model_are_those_nxd_lists(monkeypatch):
     fake_nxd.install(monkeypatch)
     model = nn.ModuleDict(

@@ -66,7 +66,8 @@ def test_two_prompts_in_two_buckets_align_name_by_name_with_hugging_face(kind, m
 
 
 def test_modules_inside_of_layers_and_their_inputs_align_too(kind, model, tmp_path):
-    select = "layers.*.mlp/forward/*,layers.*.attn/forward/*,embed/forward/input"
+    select = "layers.*.mlp/forward/*,layers.*.attn/forward/input,embed/forward/input"
+    select += ",layers.*.attn.out/forward/output"
     generate(model, tmp_path / "hf", [SHORT], 2, select=select)
     started = traced.application(tmp_path / "model", tmp_path / "compiled", select=select)
     with started.capture.hook(tmp_path / "neuron") as hook:
@@ -75,12 +76,13 @@ def test_modules_inside_of_layers_and_their_inputs_align_too(kind, model, tmp_pa
     assert set(ours.names()) == {
         "embed/forward/input",
         *(
-            f"layers.{n}.{m}/forward/{t}"
+            f"layers.{n}.{tensor}"
             for n in range(3)
-            for m in ("attn", "mlp")
-            for t in ("input", "output")
+            for tensor in ("attn/forward/input", "attn.out/forward/output",
+                           "mlp/forward/input", "mlp/forward/output")
         ),
-    }
+    }  # fmt: skip
+    assert ours.coverage()["complete"]
     for name in ours.names():
         for microbatch in range(2):
             one, two = (run.tensor(name, microbatch=microbatch) for run in (theirs, ours))

@@ -81,7 +81,7 @@ def test_a_module_missing_from_one_bucket_is_a_gap_there_and_recorded_elsewhere(
     assert [r.at.step for r, _ in sink.find("layers.0/forward/output")] == [0, 1]
     assert not sink.coverage["complete"]
     reason = reasons(sink)["layers.1/forward/output"]
-    assert reason.startswith("missing: a stand-in of one element")
+    assert reason.startswith("missing: a stand-in came back")
     assert "cte, bucket 16" in reason
 
 
@@ -128,9 +128,8 @@ def test_a_layer_without_its_residual_is_not_called_its_output(monkeypatch, tmp_
     model.config.save_pretrained(tmp_path / "model")
     with tensortap.attach(model, tmp_path / "hf", select=traced.EVERY_LAYER, values="full"):
         model.generate(IDS, max_new_tokens=2, do_sample=False, pad_token_id=0, eos_token_id=None)
-    started = traced.application(
-        tmp_path / "model", tmp_path / "c", neuron={"qkv_kernel_fuse_residual_add": True}
-    )
+    kernels = {"qkv_kernel_enabled": True, "qkv_kernel_fuse_residual_add": True}
+    started = traced.application(tmp_path / "model", tmp_path / "c", neuron=kernels)
     with started.capture.hook(tmp_path / "neuron") as hook:
         started.generate(IDS, hook, max_new_tokens=2)
     run = tensortap.open_run(tmp_path / "neuron")
@@ -140,6 +139,118 @@ def test_a_layer_without_its_residual_is_not_called_its_output(monkeypatch, tmp_
     ours = run.tensor("layers.1/forward/output_without_residual", microbatch=0)
     assert (theirs - ours).abs().max() > 1e-3
     assert compare(tmp_path / "hf", tmp_path / "neuron").first_divergence is None
+
+
+@pytest.mark.parametrize(
+    ("kernels", "own"),
+    [
+        ((), {}),
+        (("qkv_kernel_enabled",), {"layers.1.attn": "input_before_norm"}),
+        (("mlp_kernel_enabled",), {"layers.1.mlp": "input_before_norm"}),
+        (("mlp_kernel_enabled", "mlp_kernel_fuse_residual_add"),
+         {"layers.1.mlp": "input_without_residual"}),
+        (("qkv_kernel_enabled", "qkv_kernel_fuse_residual_add"),
+         {"layers.1": "input_without_residual", "layers.1.attn": "input_without_residual"}),
+    ],
+)  # fmt: skip
+def test_inputs_that_fused_kernels_change_have_names_of_their_own(
+    monkeypatch, tmp_path, kernels, own
+):
+    """Whatever is called `input` is what goes into that module of transformers."""
+    model = huggingface()
+    fake_nxdi.install(monkeypatch, model)
+    model.config.save_pretrained(tmp_path / "model")
+    select = "layers.1/forward/input,layers.1.attn/forward/input,layers.1.mlp/forward/input"
+    theirs, ours = tensortap.MemorySink(), tensortap.MemorySink()
+    with tensortap.attach(model, theirs, select=select, values="full"):
+        model(IDS)
+    flags = dict.fromkeys(kernels, True)
+    started = traced.application(tmp_path / "model", tmp_path / "c", select=select, neuron=flags)
+    with started.capture.hook(ours) as hook:
+        started.generate(IDS, hook)
+    modules = ("layers.1", "layers.1.attn", "layers.1.mlp")
+    assert set(ours.names()) == {f"{name}/forward/{own.get(name, 'input')}" for name in modules}
+    for name in modules:
+        [(_, right)] = theirs.find(f"{name}/forward/input")
+        [(_, found)] = ours.find(f"{name}/forward/{own.get(name, 'input')}")
+        assert torch.allclose(found, right, rtol=1e-5, atol=1e-6) == (name not in own)
+
+
+def test_norms_that_a_model_type_never_fuses_leave_the_names_alone():
+    kernels = {"qkv_kernel_enabled": True, "mlp_kernel_enabled": True}
+    config = SimpleNamespace(num_hidden_layers=2, model_type="mistral")
+    capture = traced.prepare(config, "layers.1.mlp/forward/input,layers.1.attn/forward/input")
+    sink = handed_out(capture, values=[torch.rand(1, 8, 4)] * 4, **kernels)
+    assert sink.names() == ["layers.1.attn/forward/input", "layers.1.mlp/forward/input"]
+
+
+def test_a_sequence_split_over_ranks_keeps_the_norms_out_of_the_kernels_while_it_is():
+    kernels = {"qkv_kernel_enabled": True, "sequence_parallel_enabled": True, "tp_degree": 2}
+    capture = prepared_input("layers.1.attn")
+    values = [torch.rand(1, 4, 4)] * 2
+    assert handed_out(capture, values=values, **kernels).names() == ["layers.1.attn/forward/input"]
+    values = [torch.rand(1, 1, 4)] * 2
+    assert handed_out(capture, TOKEN, values, **kernels).names() == [
+        "layers.1.attn/forward/input_before_norm"
+    ]
+
+
+def prepared_input(name):
+    config = SimpleNamespace(num_hidden_layers=2, model_type="llama")
+    return traced.prepare(config, f"{name}/forward/input")
+
+
+def test_what_attention_hands_out_first_by_the_alphabet_is_not_its_output(monkeypatch, tmp_path):
+    """`cos_cache` comes before `hidden_states` among the fields of what attention returns."""
+    model = huggingface()
+    kind = fake_nxdi.install(monkeypatch, model)
+    model.config.save_pretrained(tmp_path / "model")
+    paths = ["layers.0.self_attn", "layers.0.self_attn.o_proj"]
+    config = SimpleNamespace(num_hidden_layers=3, model_type="own", hidden_size=32)
+    capture = traced.prepare(config, "layers.0.*", modules=paths)
+    neuron = fake_nxdi.NeuronConfig(
+        on_device_sampling_config=object(), tensor_capture_config=capture.tensor_capture_config()
+    )
+    load = fake_nxdi.load_pretrained_config(str(tmp_path / "model"))
+    running = kind("", fake_nxdi.LlamaInferenceConfig(neuron, load))
+    running.start(running._model())
+    sink = tensortap.MemorySink()
+    with capture.hook(sink) as hook:
+        running.forward(*PROMPT[:3], **hook.kwargs)
+    assert "layers.0.attn/forward/output" not in sink.names()
+    assert "(1, 8, 8) came back" in reasons(sink)["layers.0.attn/forward/output"]
+    assert "attn.out" in reasons(sink)["layers.0.attn/forward/output"]
+    theirs = tensortap.MemorySink()
+    with tensortap.attach(model, theirs, select="layers.0.attn/forward/output", values="full"):
+        model(IDS)
+    [(_, wanted)] = theirs.find("layers.0.attn/forward/output")
+    [(record, found)] = sink.find("layers.0.attn.out/forward/output")
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    assert record.dims == "batch seq hidden"
+
+
+def test_an_attention_that_returns_what_is_as_wide_as_the_model_has_its_output():
+    config = SimpleNamespace(num_hidden_layers=1, model_type="own", hidden_size=4)
+    select = "layers.0.attn/forward/output,embed/forward/output"
+    modules = ["embed_tokens", "layers.0.self_attn"]
+    capture = traced.prepare(config, select, modules=modules)
+    for width, written in ((4, True), (2, False)):
+        sink = handed_out(capture, values=[torch.rand(1, 8, 4), torch.rand(1, 8, width)])
+        assert ("layers.0.attn/forward/output" in sink.names()) == written
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_stand_ins_of_prompts_that_were_encoded_one_by_one_are_no_tensors(rows):
+    """ModelWrapper.forward puts the outputs of its batches together, stand-ins as well."""
+    capture = prepared("layers.0", "layers.1", manual=["layers.0.attn/forward/probs"])
+    nan = torch.full((rows,), float("nan"), dtype=torch.bfloat16)
+    inputs = [IDS.repeat(rows, 1), MASK.repeat(rows, 1), POSITIONS.repeat(rows, 1), None, None]
+    sink = handed_out(
+        capture, inputs, [torch.rand(rows, 8, 4), torch.zeros(rows, dtype=torch.bfloat16), nan]
+    )
+    assert sink.names() == ["layers.0/forward/output"]
+    assert "module was not called" in reasons(sink)["layers.1/forward/output"]
+    assert "register_tensor was not called" in reasons(sink)["layers.0.attn/forward/probs"]
 
 
 def test_rank_zeros_piece_of_the_vocabulary_is_placed_as_one():

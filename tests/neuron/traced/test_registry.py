@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.neuron.traced import fake_nxd
+from tests.neuron.traced.fake_llama import FakeAttentionOutput
 from torch import nn
 
 import tensortap
@@ -67,6 +68,47 @@ def test_a_dictionary_of_nxd_becomes_records_under_the_names_of_the_core(nxd):
         assert torch.equal(sink.find(name)[0][1], plain.find(name)[0][1])
     weight = model.layers[0].weight
     assert torch.equal(sink.find("layers.0/forward/mine")[0][1], value @ weight.t() @ weight.t())
+
+
+class Attends(nn.Module):
+    """A model whose attention returns the dataclass of NxDI's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.ModuleDict({"self_attn": Attention()})])
+
+    def forward(self, value):
+        return self.layers[0]["self_attn"](hidden_states=value).hidden_states
+
+
+class Attention(nn.Module):
+    def forward(self, hidden_states):
+        return FakeAttentionOutput(hidden_states * 2, (), torch.ones(1, 1), torch.zeros(1, 1))
+
+
+def test_the_output_of_attention_is_the_field_that_holds_it(nxd):
+    model = Attends()
+    capture = traced.prepare(model, "layers.0.attn/forward/output")
+    nxd.enable_tensor_capture(model, **capture.nxd_options())
+    model(torch.eye(2))
+    assert next(iter(nxd.get_captured_tensors_dict())) == "layers.0.self_attn.outputs.cos_cache"
+    sink = written(capture, nxd.get_captured_tensors_dict())
+    assert sink.names() == ["layers.0.attn/forward/output"]
+    assert torch.equal(sink.find("layers.0.attn/forward/output")[0][1], 2 * torch.eye(2))
+
+
+def test_a_selected_name_that_nothing_came_for_is_a_gap(nxd):
+    select = "layers.0.attn/forward/output"
+    capture = traced.prepare(Attends(), select, manual=["a/forward/x"])
+    other = {"layers.0.self_attn.outputs.cos_cache": torch.ones(2, 2), "manual_x": torch.ones(2)}
+    sink = written(capture, other)
+    [gap] = sink.coverage["gaps"]
+    assert gap["name"] == "layers.0.attn/forward/output"
+    assert "NxD has output.cos_cache of the module, and no output" in gap["reason"]
+    every = traced.prepare(Attends(), f"{select}*", manual=["a/forward/x"])
+    sink = written(every, other)
+    assert sink.names() == ["a/forward/x", "layers.0.attn/forward/output.cos_cache"]
+    assert sink.coverage["complete"]
 
 
 def test_of_a_module_called_twice_the_registry_has_the_last_call(nxd):

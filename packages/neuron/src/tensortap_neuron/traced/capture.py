@@ -14,7 +14,7 @@ from tensortap.errors import ConfigError
 from tensortap.selection import Selection
 from tensortap.sinks import TensorSink
 from tensortap.store.disk import replace_file
-from tensortap_neuron.traced.described import Facts
+from tensortap_neuron.traced.described import FLAGS, Facts
 
 if TYPE_CHECKING:
     from tensortap_neuron.traced.hook import TracedHook
@@ -236,7 +236,7 @@ def _facts_apart(here: Facts, there: Facts) -> list[str]:
         titles |= {
             "tp": "tp_degree",
             "sequence_parallel": "sequence_parallel_enabled",
-            "residual_fused": "qkv_kernel_fuse_residual_add",
+            **FLAGS,
         }
     return [
         f"{title} is {getattr(here, word)} here and {getattr(there, word)} there"

@@ -28,7 +28,7 @@ def prepare(
 
     `model_or_config` is a model on NxD's layers, an NxDI application or its configuration, a
     Hugging Face configuration, or the folder of a checkpoint. `select` are globs over tensortap
-    names (`"layers.*/forward/output,!layers.*.*"`). From a configuration only the modules are
+    names (`"layers.*/forward/output,!layers.*.*/*"`). From a configuration only the modules are
     known that every model of its type has; `modules` are then the paths that NxDI's
     `list_capturable_modules_in_application` lists. `manual` are names for the tensors that the
     model's code hands to `register_tensor`, in the order in which it does; `moe` also captures
@@ -42,33 +42,31 @@ def prepare(
     if found.problem is not None:
         raise NotSupported(f"Nothing would be captured: {found.problem}.")
     names = names_of(found.modules)
-    chosen = [path for path, name in names.items() if _wanted(selection, name)]
+    offered = {path: tuple(_offered(path, name, found)) for path, name in names.items()}
+    chosen = [path for path in names if any(map(selection.matches, offered[path]))]
     experts = [str(expert_index(layer)) for layer in range(found.facts.layers)] if moe else []
-    _require_matches(selection, found, names, extra=[*manual, *experts])
+    known = [name for some in offered.values() for name in some]
+    _require_matches(selection, found, names, known, extra=[*manual, *experts])
     if not (chosen or manual or moe):
         raise selection.nothing_in(
             [f"{name}/forward/output" for name in names.values()], "this model"
         )
-    words = {word for path in chosen for word in _words(selection, names[path])}
+    selected = [name for name in known if selection.matches(name)]
     return Capture(
         names={path: names[path] for path in chosen},
         select=selection.text,
-        inputs="input" in words,
+        inputs=any(name.endswith("/input") for name in selected),
         manual=tuple(str(_forward(name)) for name in manual),
         moe=moe,
         facts=found.facts,
     )
 
 
-def _wanted(selection: Selection, name: str) -> bool:
-    return any(True for _ in _words(selection, name))
-
-
-def _words(selection: Selection, name: str) -> Iterator[str]:
-    """`output`, `input`: what is selected of a module."""
-    for word in ("output", "input"):
-        if selection.matches(f"{name}/forward/{word}"):
-            yield word
+def _offered(path: str, name: str, found: Described) -> Iterator[str]:
+    """The tensors of a module that can be captured."""
+    if path not in found.inputs_only:
+        yield f"{name}/forward/output"
+    yield f"{name}/forward/input"
 
 
 def _forward(name: str) -> TensorName:
@@ -79,10 +77,14 @@ def _forward(name: str) -> TensorName:
 
 
 def _require_matches(
-    selection: Selection, found: Described, names: dict[str, str], *, extra: Sequence[str]
+    selection: Selection,
+    found: Described,
+    names: dict[str, str],
+    known: list[str],
+    *,
+    extra: Sequence[str],
 ) -> None:
     """Raise when an including pattern matches nothing: before an hour of compiling, not after."""
-    known = [f"{name}/forward/{word}" for name in names.values() for word in ("output", "input")]
     dead = [
         text for text in selection.dead([*known, *extra], []) if f"!{text}" not in selection.text
     ]
@@ -97,6 +99,11 @@ def _require_matches(
 
 def _hint(pattern: str, names: dict[str, str], found: Described) -> str:
     """What is most likely wrong with a pattern: NxD's own path, the form, or what is known."""
+    if _matches_attention(pattern, names, found):
+        return (
+            " Of what attention returns NxDI hands out cos_cache, the first by the alphabet; what "
+            "other frameworks call its output is that of attn.out."
+        )
     said = ""
     for native, name in _renamed(names).items():
         if native in pattern.split("/")[0].split("."):
@@ -110,6 +117,11 @@ def _hint(pattern: str, names: dict[str, str], found: Described) -> str:
             "list_capturable_modules_in_application(app), to capture others."
         )
     return said
+
+
+def _matches_attention(pattern: str, names: dict[str, str], found: Described) -> bool:
+    selection = Selection.parse(pattern)
+    return any(selection.matches(f"{names[path]}/forward/output") for path in found.inputs_only)
 
 
 def _renamed(names: dict[str, str]) -> dict[str, str]:

@@ -13,9 +13,11 @@ from torch import nn
 
 from tensortap.errors import ConfigError, NotSupported
 from tensortap_neuron.traced.layers import Lies, all_lies, group_of, kind
+from tensortap_neuron.traced.naming import is_attention
 from tensortap_neuron.traced.nxdi import real
 
-_CHILDREN = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
+_OUT = "self_attn.o_proj"
+_CHILDREN = ("self_attn", _OUT, "mlp", "input_layernorm", "post_attention_layernorm")
 _KNOWN = frozenset({"llama", "mistral", "qwen2", "qwen3", "qwen3_moe"})
 """Model types whose NxDI decoder layers have these children (models/*/modeling_*.py)."""
 
@@ -26,8 +28,10 @@ class Facts:
 
     `configured`: tp and the rest come from a NeuronConfig, and are no defaults. `residual_fused`:
     with `qkv_kernel_fuse_residual_add` the residual is added by the next layer, so that a layer's
-    output is without it while the context is encoded. `lies`: how the tensors of modules lie that
-    are known to be parallel layers, by path.
+    output is without it while the context is encoded. `qkv_kernel`, `mlp_kernel`,
+    `mlp_residual_fused` and `moe_kernel` are the other flags of fused kernels. `hidden` is the
+    width of the residual stream, 0 where nothing tells. `lies`: how the tensors of modules lie
+    that are known to be parallel layers, by path.
     """
 
     model_class: str = ""
@@ -38,6 +42,11 @@ class Facts:
     sequence_parallel: bool = False
     context_parallel: bool = False
     residual_fused: bool = False
+    qkv_kernel: bool = False
+    mlp_kernel: bool = False
+    mlp_residual_fused: bool = False
+    moe_kernel: bool = False
+    hidden: int = 0
     lies: Mapping[str, Lies] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -56,6 +65,14 @@ class Facts:
         )
 
 
+FLAGS = {
+    "residual_fused": "qkv_kernel_fuse_residual_add",
+    "qkv_kernel": "qkv_kernel_enabled",
+    "mlp_kernel": "mlp_kernel_enabled",
+    "mlp_residual_fused": "mlp_kernel_fuse_residual_add",
+    "moe_kernel": "moe_fused_nki_kernel_enabled",
+}
+"""Our words for flags of a NeuronConfig."""
 _PLAIN = tuple(found.name for found in fields(Facts) if found.name != "lies")
 
 
@@ -70,6 +87,7 @@ class Described:
     modules: tuple[str, ...]
     complete: bool
     facts: Facts
+    inputs_only: frozenset[str] = frozenset()
     problem: str | None = None
 
 
@@ -98,7 +116,9 @@ def describe(model_or_config: Any, modules: Any = None) -> Described:
         )
     neuron = getattr(config, "neuron_config", None)
     facts = _facts(model, config, neuron, listed, live=live)
-    return Described(listed, complete, facts, problem(neuron))
+    known = facts.model_type in _KNOWN and not live
+    attention = frozenset(path for path in listed if is_attention(path)) if known else frozenset()
+    return Described(listed, complete, facts, attention, problem(neuron))
 
 
 class _Read:
@@ -156,7 +176,7 @@ def _usual(config: Any) -> tuple[str, ...]:
     layers = getattr(config, "num_hidden_layers", None)
     if not isinstance(layers, int):
         return ()
-    children = _CHILDREN if getattr(config, "model_type", "") in _KNOWN else ()
+    children = _children(config) if getattr(config, "model_type", "") in _KNOWN else ()
     inside = (
         path
         for number in range(layers)
@@ -166,6 +186,13 @@ def _usual(config: Any) -> tuple[str, ...]:
         )
     )
     return ("embed_tokens", *inside, "norm", "lm_head")
+
+
+def _children(config: Any) -> tuple[str, ...]:
+    """Of a layer. With another attention for prompts than for tokens its projections are two."""
+    neuron = getattr(config, "neuron_config", None)
+    degrees = (getattr(neuron, word, 1) for word in ("cp_degree", "attention_dp_degree"))
+    return _CHILDREN if len(set(degrees)) == 1 else tuple(c for c in _CHILDREN if c != _OUT)
 
 
 def _facts(model: Any, config: Any, neuron: Any, listed: Sequence[str], *, live: bool) -> Facts:
@@ -178,6 +205,7 @@ def _facts(model: Any, config: Any, neuron: Any, listed: Sequence[str], *, live:
         model_class=type(model).__name__ if isinstance(model, nn.Module) else "",
         model_type=str(getattr(config, "model_type", "") or ""),
         layers=layers,
+        hidden=width_of(config),
         tp=max((group_of(module).size for module in parallel.values()), default=1),
         lies={p: lies[m] for p, m in model.named_modules() if m in lies} if live else {},
     )
@@ -186,14 +214,21 @@ def _facts(model: Any, config: Any, neuron: Any, listed: Sequence[str], *, live:
 
 def configured(facts: Facts, neuron: Any) -> Facts:
     """`facts` with what a NeuronConfig says."""
+    kernels: dict[str, Any] = {w: bool(getattr(neuron, flag, False)) for w, flag in FLAGS.items()}
     return replace(
         facts,
         configured=True,
         tp=int(getattr(neuron, "tp_degree", 1) or 1),
         sequence_parallel=bool(getattr(neuron, "sequence_parallel_enabled", False)),
         context_parallel=int(getattr(neuron, "cp_degree", 1) or 1) > 1,
-        residual_fused=bool(getattr(neuron, "qkv_kernel_fuse_residual_add", False)),
+        **kernels,
     )
+
+
+def width_of(config: Any) -> int:
+    """Width of the residual stream; 0 where the configuration does not tell."""
+    width = getattr(config, "hidden_size", None)
+    return width if isinstance(width, int) else 0
 
 
 def problem(neuron: Any) -> str | None:

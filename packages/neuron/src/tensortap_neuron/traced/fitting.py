@@ -10,12 +10,10 @@ from tensortap.names import TensorName
 from tensortap.records import Placement
 from tensortap_neuron.traced.described import Facts
 from tensortap_neuron.traced.forwards import Forward
-from tensortap_neuron.traced.naming import is_layer, module_name
+from tensortap_neuron.traced.fused import name_of
+from tensortap_neuron.traced.naming import module_name
 from tensortap_neuron.traced.placing import Side, on_stream, placement
 from tensortap_neuron.traced.returned import Came
-
-WITHOUT_RESIDUAL = "output_without_residual"
-"""What a layer returns when the next one adds its residual: not the output of another framework."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +38,10 @@ def fit(one: Came, forward: Forward, facts: Facts) -> Fitted | str:
     host = _to_host(one.value)
     if isinstance(host, str):
         return host
-    name = _name(one, forward, facts)
-    plain = Fitted(name, host, device, _dims(one, host))
-    return _placed(plain, one, forward, facts) if one.path else plain
+    if not one.path:
+        return Fitted(one.name, host, device, _dims(one, host))
+    plain = Fitted(name_of(one.name, forward, facts), host, device, _dims(one, host))
+    return _placed(plain, one, forward, facts)
 
 
 def _to_host(value: torch.Tensor) -> torch.Tensor | str:
@@ -52,20 +51,14 @@ def _to_host(value: torch.Tensor) -> torch.Tensor | str:
         return f"it could not be brought to the CPU: {type(failure).__name__}: {failure}"
 
 
-def _name(one: Came, forward: Forward, facts: Facts) -> TensorName:
-    fused = facts.residual_fused and forward.kind == "cte" and is_layer(one.path)
-    if fused and one.name.tensor == "output":
-        return replace(one.name, tensor=WITHOUT_RESIDUAL)
-    return one.name
-
-
 def _dims(one: Came, value: torch.Tensor) -> str | None:
     if value.dim() != 3 or one.name.tensor not in ("input", "output"):
         return None
-    if on_stream(one.path):
+    side: Side = "input" if one.name.tensor == "input" else "output"
+    if on_stream(one.path, side):
         return "batch seq hidden"
     head = module_name(one.path) == "lm_head"
-    return "batch seq vocab" if head and one.name.tensor == "output" else None
+    return "batch seq vocab" if head and side == "output" else None
 
 
 def _placed(plain: Fitted, one: Came, forward: Forward, facts: Facts) -> Fitted:

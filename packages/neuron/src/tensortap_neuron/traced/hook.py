@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -17,11 +18,12 @@ from tensortap.config import Settings
 from tensortap.coverage import Coverage
 from tensortap.destination import destination
 from tensortap.errors import CaptureError, CaptureWarning, ConfigError
+from tensortap.names import TensorName
 from tensortap.records import Values
 from tensortap.selection import Selection
 from tensortap.sinks import CoverageSink, PayloadSink, TensorSink
 from tensortap_neuron.traced.capture import Capture
-from tensortap_neuron.traced.described import configured, problem
+from tensortap_neuron.traced.described import configured, problem, width_of
 from tensortap_neuron.traced.fitting import fit
 from tensortap_neuron.traced.forwards import Forward, Forwards
 from tensortap_neuron.traced.recording import measured, record_of, remark, where
@@ -132,8 +134,12 @@ class TracedHook:
             text = getattr(app, "text_config", None)  # Of a model of images and text.
             neuron = getattr(text or app, "neuron_config", None)
             self._problem = problem(neuron)
+            self._facts = self.capture.facts
             if neuron is not None:
-                self._facts = configured(self.capture.facts, neuron)
+                self._facts = configured(self._facts, neuron)
+            width = width_of(text or getattr(app, "config", None))
+            if width:  # That of the checkpoint may have been padded.
+                self._facts = replace(self._facts, hidden=width)
         self._app = app
 
     def _guarded(self, act: Callable[[], None]) -> None:
@@ -156,7 +162,7 @@ class TracedHook:
 
     @torch.no_grad()
     def _take(self, captured: Any) -> None:
-        came = sort_out(self.capture, captured)
+        came = sort_out(self.capture, captured, hidden=self._facts.hidden, wanted=self._wanted)
         before = self._forwards.step
         forward = self._forwards.begin(*measured(came, self._facts))
         if forward.step != before and before in self.settings.steps and before >= 0:
@@ -170,9 +176,12 @@ class TracedHook:
         for one in filter(self._selected, came):
             self._write(one, forward)
 
+    def _wanted(self, name: TensorName) -> bool:
+        return self._select.matches(str(name))
+
     def _selected(self, one: Came) -> bool:
         """By its name; what was named for this capture alone always is."""
-        return not one.path or self._select.matches(str(one.name))
+        return not one.path or self._wanted(one.name)
 
     def _write(self, one: Came, forward: Forward) -> None:
         """Bring one tensor to the host, cut its padding, and hand it to the sink."""

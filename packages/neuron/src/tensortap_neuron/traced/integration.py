@@ -30,11 +30,13 @@ from tensortap_neuron.traced.layers import (
     place,
     weight_placement,
 )
-from tensortap_neuron.traced.naming import names_of
+from tensortap_neuron.traced.naming import is_attention, names_of
 from tensortap_neuron.traced.placing import Side, lie_of, on_stream
 
 _SHARED = ("input.attention_", "input.position_ids", "input.seq_ids", "input.rotary_")
 """Beginnings of arguments that every rank is given whole."""
+_ATTENTION = {"output.hidden_states": "output"}
+"""What attention returns first: the first of a tuple elsewhere, a field by its name here."""
 
 
 class Nxd:
@@ -64,6 +66,7 @@ class Nxd:
                 module,
                 dims={"output": "batch seq hidden"} if on_stream(path) else {},
                 placement=spread.rule(module, path),
+                words=_ATTENTION if is_attention(path) else {},
             )
             for native, path, module in modules
         ]

@@ -56,12 +56,12 @@ _CONTEXTS: Mapping[str, Mapping[str, str]] = {
 }
 
 _INNER = ".o_proj.o_proj"
-_LAYER_PATH = re.compile(r"layers\.\d+")
+_ATTENTION_PATH = re.compile(r"(model\.)?layers\.\d+\.self_attn")
 
 
-def is_layer(path: str) -> bool:
-    """Is this NxD path a decoder layer itself?"""
-    return _LAYER_PATH.fullmatch(path) is not None
+def is_attention(path: str) -> bool:
+    """Is this NxD path the attention of a decoder layer itself?"""
+    return _ATTENTION_PATH.fullmatch(path) is not None
 
 
 def module_name(path: str) -> str:

@@ -17,12 +17,14 @@ _REDUCED = frozenset({"attn", "mlp"})
 Side = Literal["input", "output"]
 
 
-def on_stream(path: str) -> bool:
-    """Is the output of this module `batch, sequence, hidden`, one of the residual stream?"""
+def on_stream(path: str, side: Side = "output") -> bool:
+    """Is this tensor `batch, sequence, hidden`, like the residual stream?"""
     name = module_name(path)
     words = name.split(".")
     if name in ("embed", "final_norm"):
         return True
+    if words[2:] == ["attn", "out"]:
+        return side == "output"  # The sum over ranks; what goes in are a rank's own heads.
     return words[0] == "layers" and (
         len(words) == 2 or (len(words) == 3 and words[2] in _STREAM | _REDUCED)
     )
@@ -56,7 +58,7 @@ def _by_place(path: str, side: Side, *, split: bool) -> Lie:
         # NxDI gathers the logits behind the module when it samples on the device, as it must.
         return "last" if side == "output" else "whole"
     words = name.split(".")
-    if on_stream(path) and not (split and words[-1] in _REDUCED and side == "input"):
+    if on_stream(path, side) and not (split and words[-1] in _REDUCED and side == "input"):
         return stream
     return "unknown"
 

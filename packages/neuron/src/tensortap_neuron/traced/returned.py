@@ -2,14 +2,17 @@
 
 NxDI returns a list: for each module its first output and, with inputs, its first input, then the
 tensors registered by hand (`NeuronBaseModel._get_captured_tensors`). A module that was not called
-is a `zeros(1)` there, a tensor that was not registered a single NaN. NxD itself has a dictionary
+is a `zeros(1)` there, a tensor that was not registered a single NaN; where prompts are encoded one
+batch after the other, their tensors are put together along the first axis, these stand-ins as well
+(`ModelWrapper.forward`). The first output of a dataclass is the first of its fields by the
+alphabet (`register_tensor_object` goes by `dir`). NxD itself has a dictionary
 (`TensorRegistry.get_captured_tensors_dict`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,10 +20,14 @@ import torch
 from tensortap.errors import CaptureError
 from tensortap.names import TensorName, escape
 from tensortap_neuron.traced.capture import Capture
-from tensortap_neuron.traced.naming import expert_index
+from tensortap_neuron.traced.naming import expert_index, is_attention
 
-_FIRST = frozenset({"hidden_states", "input_ids", "inputs_embeds", "x", "input"})
-"""First parameters of the modules there are: what is passed so is `input` on every framework."""
+_FIRST = {
+    "outputs": frozenset({"", "0", "hidden_states"}),
+    "inputs": frozenset({"", "0", "hidden_states", "input_ids", "inputs_embeds", "x", "input"}),
+}
+"""Keys of what is `output` or `input` on every framework: first places, the first parameters of
+the modules there are, and what attention returns first."""
 _MOE = "auto_moe_stats.expert_index"
 
 
@@ -37,20 +44,23 @@ class Came:
     cause: str | None = None
 
 
-def sort_out(capture: Capture, captured: Any) -> list[Came]:
+def sort_out(
+    capture: Capture, captured: Any, *, hidden: int, wanted: Callable[[TensorName], bool]
+) -> list[Came]:
     """Name everything in a list of NxDI or a dictionary of NxD.
 
-    Raises `CaptureError` when the list is not what this capture was compiled to: then no tensor
-    of it can be trusted to be the one its place says.
+    `hidden` is the width of the residual stream, 0 where nobody knows; `wanted` says which names
+    are selected. Raises `CaptureError` when the list is not what this capture was compiled to:
+    then no tensor of it can be trusted to be the one its place says.
     """
     if isinstance(captured, Mapping):
-        return list(_from_registry(capture, captured))
+        return list(_from_registry(capture, captured, wanted))
     if not isinstance(captured, Sequence):
         raise CaptureError(f"captured tensors came as {type(captured).__name__}, not as a list.")
-    return list(_from_list(capture, captured))
+    return list(_from_list(capture, captured, hidden))
 
 
-def _from_list(capture: Capture, captured: Sequence[Any]) -> Iterator[Came]:
+def _from_list(capture: Capture, captured: Sequence[Any], hidden: int) -> Iterator[Came]:
     words = ("output", "input") if capture.inputs else ("output",)
     names = capture.names
     slots = [(path, word) for path in capture.modules for word in words]
@@ -64,28 +74,45 @@ def _from_list(capture: Capture, captured: Sequence[Any]) -> Iterator[Came]:
         )
     for (path, word), value in zip(slots, captured, strict=False):
         name = TensorName(names[path], "forward", word)
-        yield Came(path, name, value, None if not _stand_in(value) else _NOT_CALLED)
+        yield Came(path, name, value, _why_not(path, word, value, hidden))
     yield from _by_hand(capture, captured[len(slots) :])
 
 
 _NOT_CALLED = (
-    "missing: a stand-in of one element came back, as the module was not called while this "
-    "bucket was traced. A fused kernel may do its work, or the tensor registry was cleared "
-    "after another bucket"
+    "missing: a stand-in came back, as the module was not called while this bucket was traced. A "
+    "fused kernel may do its work, or the tensor registry was cleared after another bucket"
 )
-_NOT_REGISTERED = (
-    "missing: a single NaN came back, as register_tensor was not called in this bucket"
-)
+_NOT_REGISTERED = "missing: NaN came back, as register_tensor was not called in this bucket"
 
 
-def _stand_in(value: Any) -> bool:
-    """One element in one axis, whatever it holds: no activation of a model is that."""
-    return isinstance(value, torch.Tensor) and value.numel() == 1 and value.dim() <= 1
+def _why_not(path: str, word: str, value: Any, hidden: int) -> str | None:
+    """Why a tensor of NxDI's list is not the first output or input of its module."""
+    if not isinstance(value, torch.Tensor):
+        return None
+    if value.dim() <= 1:  # Batch and sequence are two axes: no module of a model has fewer.
+        return _NOT_CALLED
+    if word == "output" and is_attention(path) and value.shape[-1] != hidden:
+        return (
+            f"missing: a tensor of shape {tuple(value.shape)} came back for it. Attention returns "
+            "several by name, and NxDI hands out the first by the alphabet, cos_cache; nothing "
+            "says that this is hidden_states. Capture the projection at its end, attn.out"
+        )
+    return None
+
+
+def _all_nan(value: Any) -> bool:
+    """What NxDI fills the room for tensors registered by hand with; one NaN a batch."""
+    if not isinstance(value, torch.Tensor) or value.dim() > 1 or not value.is_floating_point():
+        return False
+    try:
+        return bool(value.isnan().all())
+    except (RuntimeError, NotImplementedError):  # It cannot be read: `fit` says so.
+        return False
 
 
 def _by_hand(capture: Capture, values: Sequence[Any]) -> Iterator[Came]:
     """Tensors registered by hand, in their order; they close ranks when one is missing."""
-    came = [value for value in values if not _stand_in(value)]
+    came = [value for value in values if not _all_nan(value)]
     expected = [Came("", TensorName.parse(name)) for name in capture.manual]
     asked = len(expected) + capture.moe
     if len(came) < asked:
@@ -112,28 +139,51 @@ def _experts(capture: Capture, stacked: Any) -> Iterator[Came]:
         yield Came("", expert_index(), stacked)
 
 
-def _from_registry(capture: Capture, captured: Mapping[str, Any]) -> Iterator[Came]:
-    names, used = capture.names, set()
+def _from_registry(
+    capture: Capture, captured: Mapping[str, Any], wanted: Callable[[TensorName], bool]
+) -> Iterator[Came]:
+    used: set[str] = set()
     for path in capture.modules:
         for side in ("outputs", "inputs") if capture.inputs else ("outputs",):
             found = {key: word for key in captured if (word := _word(key, path, side)) is not None}
             used |= set(found)
-            if not found:
-                yield Came(path, TensorName(names[path], "forward", side[:-1]), None, _NOT_CALLED)
-            for key, word in found.items():
-                cause = _NOT_CALLED if _stand_in(captured[key]) else None
-                yield Came(path, TensorName(names[path], "forward", word), captured[key], cause)
+            first = TensorName(capture.names[path], "forward", side[:-1])
+            yield from _of_module(captured, path, first, found, wanted)
     rest = {key: value for key, value in captured.items() if key not in used}
     if _MOE in rest:
         yield from _experts(capture, rest.pop(_MOE))
     by_hand = dict(zip(rest, capture.manual, strict=False))
     for key, value in rest.items():
         name = by_hand.get(key) or f"manual/forward/{escape(key.removeprefix('manual_'))}"
-        yield Came("", TensorName.parse(name), value, _NOT_REGISTERED if _stand_in(value) else None)
+        yield Came("", TensorName.parse(name), value, _NOT_REGISTERED if _all_nan(value) else None)
     for name in capture.manual[len(rest) :]:
         yield Came(
             "", TensorName.parse(name), None, "missing: register_tensor was not called for it"
         )
+
+
+def _of_module(
+    captured: Mapping[str, Any],
+    path: str,
+    first: TensorName,
+    found: Mapping[str, str],
+    wanted: Callable[[TensorName], bool],
+) -> Iterator[Came]:
+    """What the registry has of one side of a module; a gap where nothing selected is in it."""
+    names = {key: replace(first, tensor=word) for key, word in found.items()}
+    if not any(wanted(name) for name in names.values()):
+        cause = _NOT_CALLED
+        if found:
+            there = ", ".join(found.values())
+            cause = f"missing: NxD has {there} of the module, and no {first.tensor}"
+        yield Came(path, first, None, cause)
+    for key, name in names.items():
+        yield Came(path, name, captured[key], _NOT_CALLED if _single(captured[key]) else None)
+
+
+def _single(value: Any) -> bool:
+    """One element in one axis, whatever it holds: no activation of a model is that."""
+    return isinstance(value, torch.Tensor) and value.numel() == 1 and value.dim() <= 1
 
 
 def _word(key: str, path: str, side: str) -> str | None:
@@ -144,6 +194,6 @@ def _word(key: str, path: str, side: str) -> str | None:
     if key != prefix and not key.startswith(f"{prefix}."):
         return None
     rest = key[len(prefix) + 1 :].removeprefix("kwargs.")
-    if rest in ("", "0") or (side == "inputs" and rest in _FIRST):
+    if rest in _FIRST[side]:
         return side[:-1]
     return f"{side[:-1]}.{escape(rest)}"
