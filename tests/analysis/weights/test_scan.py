@@ -23,6 +23,7 @@ from tensortap_analysis.weights import (
     scanning,
 )
 from tensortap_analysis.weights.health import health
+from tensortap_analysis.weights.journal import Journal, key_of
 from tensortap_analysis.weights.sources import CheckpointError
 from tensortap_analysis.weights.stacks import worst
 
@@ -198,9 +199,61 @@ def not_a_number(row):
     row["spectral"]["s_max"] = math.nan
 
 
+def put(method, metric, value):
+    return lambda row: row[method].__setitem__(metric, value)
+
+
 DAMAGES = [
     no_number, no_metrics, no_reasons, no_shape, negative_shape, no_method, not_a_number,
+    put("norms", "l2", [1]), put("norms", "l2", True), put("norms", "nan", "inf"),
+    put("spectral", "rank_errors", {"abc": 1.0}), put("spectral", "rank_errors", {"1": {}}),
+    put("spectral", "condition_number", 10**400), put("quantization", "formats", 3),
+    put("quantization", "formats", {"mxfp4": "much"}), put("sparsity", "rows", {}),
+    put("sparsity", "dead_rows_at", [[]]), put("norms", "largest_at", 3),
+    put("spectral", "experts", {"count": 2, "s_max": {"worst": 1}}),
+    put("weight", "dtype", 5), put("weight", "shape", []), put("weight", "kind", "odd"),
+    put("weight", "note", [3]), put("spectral", "unresolved", {"s_max": 3}),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("source", 5), ("notes", [3]), ("methods", ["norms", "magic"]), ("methods", "norms"),
+        ("skipped", [{"name": "x", "reason": [3], "method": None}]), ("layers", {}),
+        ("peers", {"x": 3}),
+    ],
+)  # fmt: skip
+def test_a_report_whose_head_is_damaged_is_refused(tmp_path, key, value):
+    save_file({"x.weight": torch.randn(4, 4)}, tmp_path / "x.safetensors")
+    Scope(tmp_path / "x.safetensors").scan(output=tmp_path / "r.json")
+    document = json.loads((tmp_path / "r.json").read_text())
+    (tmp_path / "r.json").write_text(json.dumps({**document, key: value}))
+    with pytest.raises(ReportError, match=r"r\.json is no saved scan"):
+        ScanResult.load(tmp_path / "r.json")
+
+
+@pytest.mark.parametrize(
+    "line", ['{"name": "x.weight", "digest": "0", "stats": 5}', '{"name": 3}', "[]", "{}",
+             '{"name": "x.weight", "digest": "0", "stats": {"norms": {"l2": "abc"}}}'],
+)  # fmt: skip
+def test_lines_of_a_journal_that_no_scan_wrote_count_as_not_written(tmp_path, line):
+    save_file({"x.weight": torch.randn(4, 4)}, tmp_path / "x.safetensors")
+    scope = Scope(tmp_path / "x.safetensors")
+    wanted = scope.scan(output=tmp_path / "r.json")
+    path = tmp_path / "r.json.journal"
+    with Journal(path, key_of(scope.source, wanted.methods, wanted.options)):
+        pass
+    with path.open("a") as file:
+        file.write(f"{line}\n")
+    assert scope.scan(output=tmp_path / "r.json") == wanted
+
+
+def test_a_folder_in_the_place_of_the_journal_is_said(tmp_path):
+    save_file({"x.weight": torch.randn(4, 4)}, tmp_path / "x.safetensors")
+    (tmp_path / "r.json.journal").mkdir()
+    with pytest.raises(ConfigError, match=r"r\.json\.journal is a directory"):
+        Scope(tmp_path / "x.safetensors").scan(output=tmp_path / "r.json")
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -414,7 +467,7 @@ def test_a_module_has_the_numbers_of_the_file_it_was_saved_to(tmp_path, module):
 
 
 def test_a_folder_that_is_not_there_is_said_before_anything_is_measured(folder, tmp_path):
-    with pytest.raises(ConfigError, match="there is no folder"):
+    with pytest.raises(ConfigError, match="there is no directory"):
         Scope(folder).scan(output=tmp_path / "no" / "r.json")
 
 

@@ -13,7 +13,7 @@ import torch
 
 from tensortap_analysis import __version__
 from tensortap_analysis.weights.options import Options
-from tensortap_analysis.weights.result import decoded, encoded
+from tensortap_analysis.weights.saved import checked, encoded
 from tensortap_analysis.weights.sources.source import Source
 
 _KIND, _SCHEMA = "tensortap-scan-journal", 1
@@ -77,8 +77,19 @@ def _lines(path: Path, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
             return
         for line in file:
             content = _parsed(line)
-            if content is not None and isinstance(content.get("name"), str):
-                yield content.pop("name"), decoded(content)
+            if content is not None and (found := _measured(content)) is not None:
+                yield content["name"], found
+
+
+def _measured(content: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What was measured of a weight; `None` for a line that a scan does not write."""
+    name, digest, stats = (content.get(key) for key in ("name", "digest", "stats"))
+    if not isinstance(name, str) or not isinstance(digest, str) or not isinstance(stats, dict):
+        return None
+    try:
+        return {"digest": digest, "stats": checked(stats, name)}
+    except (ValueError, AttributeError):
+        return None
 
 
 def _parsed(line: str) -> dict[str, Any] | None:

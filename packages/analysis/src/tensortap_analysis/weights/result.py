@@ -5,22 +5,23 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from tensortap.errors import ConfigError, TensortapError
 from tensortap.store.dtypes import dtype_name
-from tensortap_analysis.weights.options import Options
+from tensortap_analysis.outputs import require_writable
+from tensortap_analysis.weights.options import METHODS, Options
+from tensortap_analysis.weights.saved import Metrics, encoded, stats_of, texts
 from tensortap_analysis.weights.sources.source import Skipped
-from tensortap_analysis.weights.weight import Weight
+from tensortap_analysis.weights.weight import Kind, Weight
 
 _KIND, _SCHEMA = "tensortap-scan", 1
-_NONFINITE = {"inf": math.inf, "-inf": -math.inf}
+_LARGEST = 4 << 30
 _LONGEST = 120
 """Of what a damaged file is said to hold."""
-Metrics = dict[str, Any]
 
 
 class ReportError(TensortapError):
@@ -60,9 +61,15 @@ class Facts:
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Facts:
         """Inverse of `asdict`, from JSON."""
-        shape = document["shape"]
+        shape, kind = document["shape"], document["kind"]
         if not isinstance(shape, list) or any(type(one) is not int or one < 0 for one in shape):
             raise ValueError(f"{shape!r} is no shape")
+        if kind not in get_args(Kind) or (kind != "vector" and len(shape) < 2):
+            raise ValueError(f"{shape!r} is no shape of a weight that is a {kind}")
+        texts([document[key] for key in ("name", "dtype", "stored")], "what a weight is")
+        texts([document[k] for k in ("note", "copy_of") if document[k] is not None], "a note")
+        if type(document.get("offset", 0.0)) not in (int, float):
+            raise ValueError("an offset is a number")
         return cls(**{**document, "shape": tuple(shape)})
 
 
@@ -119,7 +126,7 @@ class ScanResult(Mapping[str, dict[str, Metrics]]):
     def load(cls, path: str | os.PathLike[str]) -> ScanResult:
         """Read a saved scan; raises `ReportError` for anything else."""
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = _text(Path(path))
             return cls.from_json(json.loads(text, parse_constant=_refused))
         except FileNotFoundError:
             raise ReportError(f"There is no saved scan at {path}.") from None
@@ -165,32 +172,51 @@ class ScanResult(Mapping[str, dict[str, Metrics]]):
         both = {**document["vectors"], **document["layers"]}
         facts = {layer: Facts.from_json(row["weight"]) for layer, row in both.items()}
         options = document["options"]
+        methods = texts(document["methods"], "methods")
+        if not both or not set(methods) <= set(METHODS):
+            raise ValueError("it has no weight that was measured")
         return cls(
-            source=document["source"],
-            methods=tuple(document["methods"]),
-            options=Options(**{**options, "formats": tuple(options["formats"])}),
-            layers=_stats(document["layers"], document["methods"]),
-            vectors=_stats(document["vectors"], ()),
+            source=texts([document["source"]], "the source")[0],
+            methods=methods,
+            options=Options(**{**options, "formats": texts(options["formats"], "formats")}),
+            layers=stats_of(document["layers"], methods),
+            vectors=stats_of(document["vectors"], ()),
             facts=facts,
-            skipped=tuple(Skipped(**one) for one in document["skipped"]),
-            notes=tuple(document["notes"]),
+            skipped=tuple(map(_skipped, document["skipped"])),
+            notes=texts(document["notes"], "notes"),
             peers=_peers(document.get("peers", {})),
         )
 
 
+def _skipped(row: Mapping[str, Any]) -> Skipped:
+    texts([value for value in row.values() if value is not None], "what was left out")
+    return Skipped(**row)
+
+
 def _peers(rows: Mapping[str, Any]) -> dict[str, Peer]:
-    stats = _stats(rows, ())
+    stats = stats_of(rows, ())
     return {
         layer: Peer(Facts.from_json(row["weight"]), stats[layer]) for layer, row in rows.items()
     }
 
 
+def _text(path: Path) -> str:
+    """What a file or pipe holds; devices give without end, and are refused by `ReportError`."""
+    if path.is_char_device() or path.is_block_device():
+        raise ReportError(f"{path} is no saved scan: it is a device.")
+    with path.open("rb") as file:
+        content = file.read(_LARGEST + 1)
+    if len(content) > _LARGEST:
+        raise ReportError(f"{path} is no saved scan: it is larger than {_LARGEST >> 30} GiB.")
+    return content.decode("utf-8")
+
+
 def check_target(path: Path, source: str, overwrite: bool) -> None:
     """Raise `ConfigError` where a scan of `source` cannot be saved, or would replace another's."""
-    if not path.parent.is_dir():
-        raise ConfigError(f"The scan cannot be saved as {path}: there is no folder {path.parent}.")
-    if path.is_dir():
-        raise ConfigError(f"The scan cannot be saved as {path}: that is a folder.")
+    if path.exists() and not path.is_dir() and not path.is_file():
+        raise ConfigError(f"The scan cannot be saved as {path}: that is no file.")
+    for file in (path, Path(f"{path}.journal"), Path(f"{path}.partial")):
+        require_writable(file, "--output")
     if overwrite or not path.exists():
         return
     try:
@@ -207,44 +233,3 @@ def check_target(path: Path, source: str, overwrite: bool) -> None:
 
 def _refused(word: str) -> Any:
     raise ValueError(f"{word} is no number of JSON")
-
-
-def _stats(rows: Mapping[str, Any], methods: Iterable[str]) -> dict[str, dict[str, Metrics]]:
-    """By layer; raises `ValueError` where one lacks a method or a metric is none."""
-    found = {}
-    for layer, row in rows.items():
-        if lost := set(methods) - set(row):
-            raise ValueError(f"{layer} lacks {', '.join(sorted(lost))}")
-        stats = {method: metrics for method, metrics in row.items() if method != "weight"}
-        for method, metrics in stats.items():
-            _check_metrics(metrics, f"{layer} {method}")
-        found[layer] = {method: decoded(metrics) for method, metrics in stats.items()}
-    return found
-
-
-def _check_metrics(metrics: Any, where: str) -> None:
-    if not isinstance(metrics, dict) or not isinstance(metrics.get("unresolved"), dict):
-        raise ValueError(f"{where} has no metrics")
-    for metric, value in metrics.items():
-        if isinstance(value, str) and value not in _NONFINITE:
-            raise ValueError(f"{where} {metric}: {value[:40]!r} is no number")
-
-
-def encoded(value: Any) -> Any:
-    """`value` with infinities as strings: what JSON can hold. NaN is an error here."""
-    if isinstance(value, float):
-        if math.isnan(value):
-            raise ValueError("a metric is NaN; one that is not known must be None")
-        return value if math.isfinite(value) else repr(value)
-    if isinstance(value, dict):
-        return {key: encoded(one) for key, one in value.items()}
-    return [encoded(one) for one in value] if isinstance(value, (list, tuple)) else value
-
-
-def decoded(value: Any) -> Any:
-    """Inverse of `encoded`."""
-    if isinstance(value, str):
-        return _NONFINITE.get(value, value)
-    if isinstance(value, dict):
-        return {key: decoded(one) for key, one in value.items()}
-    return [decoded(one) for one in value] if isinstance(value, list) else value

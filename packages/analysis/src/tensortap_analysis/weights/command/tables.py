@@ -9,7 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from tensortap_analysis.weights.health import Health, Issue
-from tensortap_analysis.weights.result import Facts, Metrics, ScanResult
+from tensortap_analysis.weights.result import Facts, ScanResult
+from tensortap_analysis.weights.saved import Metrics
 from tensortap_analysis.weights.sources import Skipped
 
 _Column = tuple[str, str, str, Callable[[float], str]]

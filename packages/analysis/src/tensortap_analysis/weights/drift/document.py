@@ -12,7 +12,7 @@ from tensortap.errors import ConfigError
 from tensortap_analysis.weights.drift.notices import notices
 from tensortap_analysis.weights.drift.tracking import Drift
 from tensortap_analysis.weights.health import Issue
-from tensortap_analysis.weights.result import encoded
+from tensortap_analysis.weights.saved import encoded
 
 _KIND, _SCHEMA = "tensortap-drift", 1
 _START = 200

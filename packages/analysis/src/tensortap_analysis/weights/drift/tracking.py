@@ -17,7 +17,7 @@ from tensortap_analysis.weights.drift.pairing import Series, missing, series
 from tensortap_analysis.weights.drift.spectra import Spectra, growth, spectra
 from tensortap_analysis.weights.drift.stacks import worst_change
 from tensortap_analysis.weights.pool import in_workers
-from tensortap_analysis.weights.result import encoded
+from tensortap_analysis.weights.saved import encoded
 from tensortap_analysis.weights.scope import Progress, Scope
 from tensortap_analysis.weights.sources import CheckpointError, Skipped
 from tensortap_analysis.weights.weight import Weight

@@ -23,7 +23,8 @@ from tensortap_analysis.weights.health.issue import (
     peers_of,
 )
 from tensortap_analysis.weights.options import METHODS
-from tensortap_analysis.weights.result import ScanResult, encoded
+from tensortap_analysis.weights.result import ScanResult
+from tensortap_analysis.weights.saved import encoded
 from tensortap_analysis.weights.scope import Scope
 
 GOOD, FAIR = 80, 60

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from tensortap.errors import ConfigError, nearest
-from tensortap_analysis.weights.result import Facts, Metrics, ScanResult
+from tensortap_analysis.weights.result import Facts, ScanResult
 from tensortap_analysis.weights.roles import role_of
+from tensortap_analysis.weights.saved import Metrics
 
 Severity = Literal["critical", "warning", "info"]
 SEVERITIES: tuple[Severity, ...] = get_args(Severity)

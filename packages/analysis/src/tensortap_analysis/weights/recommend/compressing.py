@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tensortap.errors import ConfigError
-from tensortap_analysis.weights.result import Facts, Metrics, ScanResult
+from tensortap_analysis.weights.result import Facts, ScanResult
+from tensortap_analysis.weights.saved import Metrics
 
 ERROR = 0.1
 """The largest error ||W - W_r|| / ||W|| that is suggested by default: 99 % of the energy kept."""

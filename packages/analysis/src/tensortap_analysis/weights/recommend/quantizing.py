@@ -12,7 +12,8 @@ import torch
 from tensortap.errors import ConfigError, nearest
 from tensortap_analysis.weights.digits import below
 from tensortap_analysis.weights.recommend.schemes import SCHEMES
-from tensortap_analysis.weights.result import Facts, Metrics, ScanResult, encoded
+from tensortap_analysis.weights.result import Facts, ScanResult
+from tensortap_analysis.weights.saved import Metrics, encoded
 
 SQNR_DB = 30.0
 """The least SQNR that is kept by default: errors of 3 % of a weight's root mean square."""
