@@ -93,3 +93,13 @@ def test_of_statistics_what_was_added_is_said_to_be_the_least(cli, tmp_path):
     assert "≥ is at least" in out
     row = next(line for line in out.splitlines() if re.match(r" layers\.1 ", line))
     assert "≥" in row
+
+
+def test_report_and_plot_of_one_run_say_where_a_nan_begins(cli, runs, tmp_path):
+    said = f"layers.1.up/forward/output (step {LATE}): 1 NaN; "
+    cli("report", runs / "nan", "--out", tmp_path / "nan.html")
+    assert f"First NaN or Inf: {said}" in (tmp_path / "nan.html").read_text()
+    cli("report", runs / "ref", "--out", tmp_path / "ref.html")
+    assert "First NaN or Inf" not in (tmp_path / "ref.html").read_text()
+    cli("plot", runs / "nan", "--out", tmp_path / "pictures", "--worst", 0)
+    assert f"first in {said}" in (tmp_path / "pictures/tensor_stats.txt").read_text()

@@ -16,24 +16,8 @@ from tests.core.models import Mlp
 
 import tensortap
 from tensortap import Part, Placement
-from tensortap.cli import main
 from tensortap.names import TensorName
 from tensortap.testing import example_record
-
-
-@pytest.fixture
-def cli(monkeypatch, capsys):
-    """Run `tensortap ARGS`; returns (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr("sys.argv", ["tensortap", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        printed = capsys.readouterr()
-        assert "Traceback" not in printed.out + printed.err
-        return stopped.value.code or 0, printed.out, printed.err
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -324,3 +308,36 @@ def test_a_command_of_core_does_not_wait_for_the_commands_of_plugins(tmp_path):
     assert "command" not in loaded["show"]
     plugins = {entry.value.split(":")[0] for entry in entry_points(group="tensortap.commands")}
     assert all(f"'{module}'" in loaded["--help"] for module in plugins)
+
+
+def test_coverage_of_a_live_run_says_that_it_is_still_being_written(cli, tmp_path):
+    with tensortap.attach(model := Mlp(), tmp_path / "live", on_error="raise") as tap:
+        model(torch.randn(3, 8))
+        tap.step()
+        code, out, _ = cli("coverage", tmp_path / "live")
+        assert code == 1
+        assert "*: the run is still being written" in out
+        assert "the process ended" not in out
+    _, out, _ = cli("coverage", tmp_path / "live")
+    assert "being written" not in out
+
+
+def test_an_import_replaces_a_run_only_where_it_is_told_to(cli, run, tmp_path):
+    cli("export", run, "--out", tmp_path / "pt", "--select", "up")
+    again = "import", tmp_path / "pt", "--out", tmp_path / "back"
+    assert cli(*again)[0] == 0
+    code, _, err = cli(*again)
+    assert code == 2
+    assert "tensortap import: --overwrite" in err
+    assert cli(*again, "--overwrite")[0] == 0
+    assert cli("show", tmp_path / "back")[0] == 0
+
+
+def test_an_unknown_layout_is_answered_with_all_that_there_are(cli, run, tmp_path):
+    _, out, _ = cli("doctor", "--json")
+    groups = (entry["what"] for entry in json.loads(out))
+    known = [what.split()[-1] for what in groups if what.startswith("tensortap.layouts: ")]
+    code, _, err = cli("export", run, "--out", tmp_path / "x", "--layout", "ptt")
+    assert code == 2
+    for name in ("pt", *known):
+        assert f"'{name}'" in " ".join(err.split())

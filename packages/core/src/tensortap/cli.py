@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
@@ -19,16 +18,14 @@ from typing import Annotated, Any
 import typer
 import typer.core
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import Progress
 
 import tensortap
-from tensortap.coverage import coverage_report
 from tensortap.doctor import examine
 from tensortap.errors import PluginError, RunError, TensortapError
 from tensortap.layouts import layout
 from tensortap.plugins import COMMANDS, load_plugin
-from tensortap.selection import Selection
+from tensortap.showing import print_summary, records_shown, selected_parts, summary, uncovered
 from tensortap.store import Run, RunDirectorySink, open_run, recover
 from tensortap.store.codec import encode_record
 from tensortap.tables import by_reason, grouped, print_whole, record_table
@@ -71,6 +68,10 @@ def show(
     select: Select = "*",
     step: Annotated[int | None, typer.Option(help="Only this step.")] = None,
     rank: Annotated[int | None, typer.Option(help="Only this rank.")] = None,
+    nonfinite: Annotated[
+        bool,
+        typer.Option("--nonfinite", help="Only tensors with NaN or infinity, the first first."),
+    ] = False,
     limit: Annotated[int, typer.Option(min=0, help="Rows to print; 0 prints all.")] = 100,
     as_json: AsJson = False,
 ) -> None:
@@ -79,22 +80,25 @@ def show(
     The name of a part (`layers.0.attn.q` of a fused `layers.0.attn.qkv`) shows the fused tensor.
     """
     with open_run(run) as opened:
-        records = opened.records(select, step=step, rank=rank)
+        records, count = records_shown(opened, select, step, rank, nonfinite=nonfinite)
         shown = list(islice(records, limit or None))
-        if not shown:
+        if not shown and not nonfinite:
             at = "" if step is None else f" at step {step}"
             of = "" if rank is None else f" of rank {rank}"
             raise RunError(f"{run} has no such record{at}{of}; its steps are {opened.steps}.")
-        more = sum(1 for _ in records)
-        parts = _selected_parts(opened, select)
+        more = sum(1 for _ in records) if count is None else count - len(shown)
+        parts = selected_parts(opened, select)
         _warn_of_dead(opened, select)
         if as_json:
             tensors = [encode_record(record) for record in shown]
             found = {"tensors": tensors, "not_shown": more, "parts": parts}
-            _print_json(_summary(opened) | found)
+            _print_json(summary(opened) | found)
             return
-        _print_summary(opened)
-        print_whole(record_table(shown), _out)
+        print_summary(opened, _out)
+        if shown:
+            print_whole(record_table(shown), _out)
+        else:
+            _out.print("No NaN and no infinity in what was selected.")
         for part, fused in islice(parts.items(), limit or None):
             _out.print(f"{part} is a part of {fused}", highlight=False, markup=False)
         if more:
@@ -108,66 +112,17 @@ def _warn_of_dead(run: Run, select: str) -> None:
         _err.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
-def _selected_parts(run: Run, select: str) -> dict[str, str]:
-    """Parts that are selected while the tensors they are cut from are not, and those tensors."""
-    wanted = Selection.parse(select)
-    return {
-        part: fused
-        for part, fused in run.part_sources().items()
-        if wanted.matches(part) and not wanted.matches(fused) and not wanted.excludes(fused)
-    }
-
-
-def _summary(run: Run) -> dict[str, Any]:
-    coverage = run.coverage()
-    return {
-        "run": str(run.path),
-        "model": run.info.model_class,
-        "created": run.info.created,
-        "ranks": sorted(run.ranks),
-        "names": len(run.names()),
-        "steps": coverage.get("steps"),
-        "records": coverage.get("records"),
-        "complete": run.complete,
-        "problems": list(run.problems),
-    }
-
-
-def _print_summary(run: Run) -> None:
-    facts = _summary(run)
-    state = "[green]complete[/]" if run.complete else "[red]incomplete[/]"
-    path, model = escape(str(run.path)), escape(facts["model"])
-    ranks, names = len(facts["ranks"]), facts["names"]
-    _out.print(f"[bold]{path}[/]  {model}, {ranks} rank(s), {names} names, {state}")
-    for problem in facts["problems"]:
-        _out.print(f"  {problem}", style="yellow", highlight=False, markup=False)
-
-
 @app.command()
 def coverage(run: RunPath, as_json: AsJson = False) -> None:
     """Print what was expected and is missing, with reasons; exit 1 when there is a gap."""
     with open_run(run) as opened:
-        report = dict(opened.coverage()) or _uncovered(opened)
+        report = dict(opened.coverage()) or uncovered(opened)
         problems = list(opened.problems)
     if as_json:
         _print_json(report | {"problems": problems})
     else:
         _print_coverage(report, problems)
     raise typer.Exit(1 if problems or not report.get("complete", True) else 0)
-
-
-def _uncovered(run: Run) -> dict[str, Any]:
-    """What can be said of a run that died before it wrote its coverage report."""
-    captured = Counter(str(record.name) for record in run.records())
-    reason = "the process ended before it wrote its coverage, so what is missing is not known"
-    return coverage_report(
-        complete=False,
-        steps=len(run.steps),
-        records=captured.total(),
-        captured=captured,
-        gaps=Counter({("*", reason): 1}),
-        notes=Counter(),
-    )
 
 
 def _print_coverage(report: dict[str, Any], problems: list[str]) -> None:
@@ -178,7 +133,8 @@ def _print_coverage(report: dict[str, Any], problems: list[str]) -> None:
     )
     for title, colour in (("gaps", "red"), ("notes", "dim")):
         rows = report.get(title, [])
-        _out.print(f"[{colour}]{len(rows)} {title}[/]")
+        what = title if len(rows) != 1 else title.removesuffix("s")
+        _out.print(f"[{colour}]{len(rows)} {what}[/]")
         for line in grouped((row["name"], row["reason"], row["count"]) for row in rows):
             _out.print(f"  {line}", highlight=False, markup=False)
     for problem in problems:
@@ -227,13 +183,15 @@ def export_run(
 @app.command(name="import")
 def import_folder(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What another tool wrote.")],
-    out: Out,
+    out: Annotated[Path, typer.Option(help="The run to make; refused when it exists.")],
     name: LayoutName = "pt",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run at OUT.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Read another tool's files into a new run; exit 1 when some could not be read."""
     with _progress("importing") as progress:
-        moved = layout(name).load(folder, RunDirectorySink(out), progress)
+        sink = RunDirectorySink(out, overwrite=overwrite)
+        moved = layout(name).load(folder, sink, progress)
     _print_moved(f"{moved.records:,} records from {moved.files:,} files: {out}", moved, as_json)
 
 

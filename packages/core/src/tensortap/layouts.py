@@ -8,7 +8,7 @@ group `tensortap.layouts`.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Protocol
 
-from tensortap.errors import ConfigError, RunError, RunExists, nearest
+from tensortap.errors import ConfigError, RunError, RunExists
 from tensortap.plugins import LAYOUTS, load_plugin
 from tensortap.records import RunInfo
 from tensortap.sinks import TensorSink
@@ -36,7 +36,10 @@ class Moved:
 
 
 class Layout(Protocol):
-    """One foreign file layout; a subset of a run is exported by selecting names."""
+    """One foreign file layout; a subset of a run is exported by selecting names.
+
+    One that is only imported says so: `exports = False`, and its `export` raises `NotSupported`.
+    """
 
     name: str
 
@@ -59,8 +62,17 @@ def layout(name: str) -> Layout:
     """The layout called `name`; raises `ConfigError` listing the known ones."""
     known = layouts()
     if name not in known:
-        raise ConfigError(f"There is no layout {name!r}; installed: {nearest(name, known)}.")
+        raise ConfigError(f"There is no layout {name!r}; installed: {_listed(known)}.")
     return known[name]
+
+
+def _listed(known: Mapping[str, Layout]) -> str:
+    """All names; of those that cannot be written, that they are only imported."""
+    words = {
+        name: f"{name!r}" if getattr(found, "exports", True) else f"{name!r} (only imported)"
+        for name, found in known.items()
+    }
+    return ", ".join(words[name] for name in sorted(words))
 
 
 def new_folder(path: Path) -> Path:

@@ -18,6 +18,8 @@ PHASES = ("forward", "backward", "param", "grad")
 ROOT = "root"
 """Module path of the model itself."""
 
+LAYER = re.compile(r"(^|\.)layers\.(\d+)(?=\.|$)")
+"""The outermost layer of a module path; its second group is the number."""
 _WORD = re.compile(r"[^\s/,\x00-\x1f]+")
 _UNSAFE = re.compile(r"[\s/,%\x00-\x1f]")
 
@@ -53,6 +55,12 @@ class TensorName:
                 "for example 'layers.0.attn.q/forward/output'."
             )
         return cls(*parts)
+
+
+def layer_of(name: str) -> int | None:
+    """The number of the layer that a tensor or module is in; of nested layers the outermost."""
+    found = LAYER.search(name.partition("/")[0])
+    return int(found.group(2)) if found else None
 
 
 def escape(native: str) -> str:

@@ -35,14 +35,14 @@ def print_whole(table: Table, console: Console) -> None:
 def _cells(record: TensorRecord) -> list[str]:
     stats = record.stats
     shape = "x".join(map(str, record.shape)) or "scalar"
-    cells = [escape(str(record.name)), _when(record), shape, record.dtype]
+    cells = [escape(str(record.name)), spelled_moment(record), shape, record.dtype]
     if stats is None:
         return [*cells, "-", "-", "-", "-", "-"]
     numbers = [_number(value) for value in (stats.mean, stats.std, stats.absmax)]
     return [*cells, *numbers, _count(stats.nan), _count(stats.posinf + stats.neginf)]
 
 
-def _when(record: TensorRecord) -> str:
+def spelled_moment(record: TensorRecord) -> str:
     """`3`, `3 mb1 call2 eval`: the step, and of the other coordinates those that are not 0."""
     at = record.at
     numbered = (("mb", at.microbatch), ("call", at.call), ("rank", at.rank))

@@ -15,11 +15,11 @@ from tensortap.errors import RunError
 from tensortap.records import Placement, TensorRecord, Values
 from tensortap.selection import Selection
 from tensortap.store import Run, Table
+from tensortap.store.execution import in_order
 from tensortap.store.logical import LogicalTensor
 from tensortap.store.lookup import dp_rank_of
 from tensortap.store.query import Which
 from tensortap.store.rows import EVAL, PAYLOAD, RECOMPUTE, SAMPLE
-from tensortap_analysis.captured.execution import in_order
 
 DETAIL: tuple[Values, ...] = ("stats", "sample", "full")
 """What a record may hold, the least first."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 
-from tensortap.names import TensorName
+from tensortap.names import LAYER, TensorName, layer_of
 from tensortap.records import TensorRecord
 
-_LAYER = re.compile(r"(^|\.)layers\.(\d+)(?=\.|$)")
+__all__ = ["axes_of", "family_of", "format_of", "kind_of", "layer_of"]
+
 _AXES = re.compile(r"\([^)]*\)|[^\s()]+")
 _KINDS = ("norm", "attn", "mlp", "mixer", "embed", "lm_head")
 
@@ -17,19 +18,13 @@ def axes_of(dims: str | None) -> list[str]:
     return _AXES.findall(dims or "")
 
 
-def layer_of(name: str) -> int | None:
-    """The number of the layer that the tensor is in; of nested layers the outermost."""
-    found = _LAYER.search(name.partition("/")[0])
-    return int(found.group(2)) if found else None
-
-
 def family_of(name: str) -> str:
     """The same tensor of all layers: `layers.3.attn.q/…` -> `attn.q/…`, `layers.3/…` -> `layer/…`.
 
     What is in no layer keeps its name.
     """
     module, slash, rest = name.partition("/")
-    found = _LAYER.search(module)
+    found = LAYER.search(module)
     if found is None:
         return name
     inner = module[found.end() :].lstrip(".") or "layer"
@@ -41,7 +36,7 @@ def kind_of(name: TensorName) -> str:
     words = name.module.split(".")
     if words[-1].endswith("norm"):
         return "norm"
-    found = _LAYER.search(name.module)
+    found = LAYER.search(name.module)
     if found and not name.module[found.end() :]:
         return "layer"
     return next((kind for kind in _KINDS if kind in words), "other")

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from tensortap.names import TensorName
+from tensortap.nonfinite import first_nonfinite
 from tensortap.store import Run
 from tensortap_analysis.captured.words import kind_of
 from tensortap_analysis.plots.style import Floats
@@ -42,7 +43,7 @@ def text(called: str, run: Run, found: Survey, by_values: Shares, by_tensors: Sh
         f"tensors            {len(found.names):,} names, {len(found.name):,} at "
         f"{len(found.steps):,} step(s)",
         f"values             {count:,}",
-        f"NaN or Inf         {strange:,}",
+        f"NaN or Inf         {strange:,}{_first(run, found) if strange else ''}",
         f"zeros              {_share(int(found.zero.sum()), count)}",
         *_moments(found),
     ]
@@ -56,6 +57,12 @@ def text(called: str, run: Run, found: Survey, by_values: Shares, by_tensors: Sh
                 f"{_share(values, count):>30} values"
             )
     return "\n".join(lines) + "\n"
+
+
+def _first(run: Run, found: Survey) -> str:
+    """Where they begin."""
+    first = first_nonfinite(run, step=found.steps[0] if len(found.steps) == 1 else None)
+    return "" if first is None else f", first in {first}"
 
 
 def _moments(found: Survey) -> list[str]:

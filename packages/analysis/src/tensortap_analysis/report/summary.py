@@ -94,7 +94,10 @@ def _one(view: View) -> Html:
         kind = "card small bad" if alarming else "card small"
         shown = tag("p", value, class_="verdict"), tag("p", title, class_="quiet")
         cards.append(tag("div", *shown, class_=kind))
-    return tag("div", *cards, class_="cards")
+    parts = [tag("div", *cards, class_="cards")]
+    if view.began is not None:
+        parts.append(tag("p", f"First NaN or Inf: {view.began}.", class_="notice"))
+    return join(parts)
 
 
 def _largest(values: npt.NDArray[np.float64]) -> float | None:

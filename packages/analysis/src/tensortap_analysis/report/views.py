@@ -8,6 +8,7 @@ from pathlib import PurePath
 from typing import Any
 
 from tensortap.errors import RunError, SelectionError
+from tensortap.nonfinite import first_nonfinite
 from tensortap.records import RunInfo
 from tensortap.store import Run
 from tensortap_analysis.plots.survey import Survey, survey
@@ -15,7 +16,10 @@ from tensortap_analysis.plots.survey import Survey, survey
 
 @dataclass(frozen=True, slots=True, eq=False)
 class View:
-    """One run: who it is, its statistics (`None` where nothing selected is in it), its state."""
+    """One run: who it is, its statistics (`None` where nothing selected is in it), its state.
+
+    `began` says which selected tensor is the first with NaN or infinity, if there is one.
+    """
 
     label: str
     path: str
@@ -25,6 +29,7 @@ class View:
     survey: Survey | None
     coverage: Mapping[str, Any]
     problems: tuple[str, ...]
+    began: str | None = None
 
     @property
     def state(self) -> str:
@@ -37,12 +42,13 @@ class View:
 def view(run: Run, path: str, label: str, select: str, step: int | None) -> View:
     """Read one run; only its index, no payload."""
     try:
-        seen = survey(run, select, step)
+        seen, first = survey(run, select, step), first_nonfinite(run, select, step=step)
     except SelectionError:
-        seen = None
+        seen, first = None, None
+    began = None if first is None else str(first)
     return View(
         label, path, run.info, tuple(run.ranks), tuple(run.steps),
-        seen, _coverage(run), tuple(run.problems),
+        seen, _coverage(run), tuple(run.problems), began,
     )  # fmt: skip
 
 

@@ -136,6 +136,6 @@ def _just_written(path: Path) -> bool:
 
 def _exists(run: Path) -> RunExists:
     return RunExists(
-        f"{run} holds a run of another launch. Choose another path, or pass overwrite=True to "
-        "replace it."
+        f"{run} holds a run of another launch. Choose another path, or replace it: "
+        "overwrite=True (tensortap import: --overwrite)."
     )

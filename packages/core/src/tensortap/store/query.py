@@ -53,7 +53,10 @@ ANY = Which()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Query:
-    """Which records to look for; `None` does not restrict. Raises `ConfigError` for no phase."""
+    """Which records to look for; `None` does not restrict. Raises `ConfigError` for no phase.
+
+    `nonfinite` asks for those with NaN or infinity.
+    """
 
     step: int | None = None
     microbatch: int | None = None
@@ -62,6 +65,7 @@ class Query:
     phase: str | None = None
     recompute: bool | None = None
     eval: bool | None = None
+    nonfinite: bool = False
 
     def __post_init__(self) -> None:
         if self.phase is not None and self.phase not in PHASES:
@@ -91,6 +95,8 @@ class Query:
         for bit, wanted in ((RECOMPUTE, self.recompute), (EVAL, self.eval)):
             if wanted is not None:
                 found &= (flags & bit != 0) == wanted
+        if self.nonfinite:
+            found &= sum(rows[field][near] for field in ("nan", "posinf", "neginf")) > 0
         return found
 
     def names(self, index: Index, selected: Callable[[str], bool] | None) -> list[int]:

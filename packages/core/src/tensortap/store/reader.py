@@ -74,6 +74,11 @@ class Run:
         return self._ranks.reader(rank).info or self.info
 
     @property
+    def live(self) -> bool:
+        """Was a process writing to it when it was opened?"""
+        return any(reader.live for reader in self._readers)
+
+    @property
     def problems(self) -> list[str]:
         """What is wrong with the run, as sentences; lines parsed later may add to it."""
         infos = {rank: reader.info for rank, reader in self._ranks.readers.items()}
@@ -149,12 +154,16 @@ class Run:
         phase: str | None = None,
         recompute: bool | None = None,
         eval: bool | None = None,
+        nonfinite: bool = False,
     ) -> Table:
         """Coordinates and statistics of many records at once, in execution order, as an array.
 
-        Read from the index, whose rows carry checksums; no line is parsed. Selects as `records`.
+        Read from the index, whose rows carry checksums; no line is parsed. Selects as `records`;
+        `nonfinite` only those with NaN or infinity.
         """
-        query = Query(step=step, rank=rank, phase=phase, recompute=recompute, eval=eval)
+        query = Query(
+            step=step, rank=rank, phase=phase, recompute=recompute, eval=eval, nonfinite=nonfinite
+        )
         ranks, positions = self._ranks.find(query, self._ranks.selection(select))
         indexes = {number: reader.index for number, reader in self._ranks.readers.items()}
         return make_table(indexes, ranks, positions)

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from tensortap.names import layer_of
 from tensortap.records import RunInfo
-from tensortap.store import Table
 from tensortap.store.rows import RECOMPUTE
-from tensortap_analysis.captured.words import layer_of
+from tensortap.store.tables import Table
 
 _WEIGHTS, _FORWARD, _AGAIN, _BACKWARD = range(4)
 """Parameters are there before the forward; what is recomputed goes forward once more."""
