@@ -215,6 +215,15 @@ def test_the_attention_mask_says_what_is_padding(
     assert [note in row["reason"] for row in sink.coverage["notes"]] == [True] * (note is not None)
 
 
+def test_two_files_of_one_layer_are_not_two_records_of_it(tmp_path: Path) -> None:
+    old_folder(tmp_path)
+    torch.save(torch.zeros(1, 5, 32), tmp_path / "layer_00_output.pt")
+    sink, moved = in_memory(tmp_path)
+    assert moved.skipped == ("layer_00_output.pt: the number of its layer begins with 0",)
+    [(_, values)] = sink.find("layers.0/forward/output")
+    assert torch.equal(values, read(tmp_path / "layer_0_output.pt"))
+
+
 def test_a_numbering_that_begins_with_1_is_noted(tmp_path: Path) -> None:
     folder = old_folder(tmp_path)
     (folder / "layer_0_output.pt").rename(folder / "layer_2_output.pt")

@@ -180,13 +180,37 @@ def test_stand_ins_of_one_element_are_missing_and_never_data(tmp_path: Path, tt:
     )
     assert (code, moved["records"]) == (1, 3)
     assert moved["skipped"] == [
-        "captured_tensors_tkg_step_2_module_layers.1_output.pt: missing: the file holds a stand-in "
-        "of one element, because the graph of this bucket does not make the tensor"
+        "captured_tensors_tkg_step_2_module_layers.1_output.pt: missing: the file holds a "
+        "stand-in, one element for each prompt, because the graph of this bucket does not make "
+        "the tensor"
     ]
     code, coverage, _ = tt("coverage", tmp_path / "run", "--json")
     [gap] = coverage["gaps"]
     assert (code, gap["name"]) == (1, "layers.1/forward/output")
     assert gap["reason"].startswith("missing: ")
+
+
+def test_stand_ins_of_several_prompts_are_missing_too(tmp_path: Path) -> None:
+    """Prompts that are encoded one by one: NxDI puts their tensors together, stand-ins as well."""
+    hook = FakeNxdiHook(tmp_path, ["layers.0", "layers.1"], manual=2)
+    zeros, nan = torch.zeros(4, dtype=torch.bfloat16), torch.full((4,), float("nan"))
+    hook({"layers.0": torch.rand(4, 16, 32), "layers.1": zeros}, manual=[torch.rand(4), nan])
+    sink = load(tmp_path)
+    assert sink.names() == ["layers.0/forward/output", "manual.0/forward/output"]
+    gaps = {gap["name"]: gap["reason"] for gap in sink.coverage["gaps"]}
+    assert set(gaps) == {"layers.1/forward/output", "manual.1/forward/output"}
+    assert "one element for each prompt" in gaps["layers.1/forward/output"]
+
+
+@pytest.mark.parametrize("lengths", [[17], [5, 5, 5]])
+def test_lengths_that_do_not_fit_the_bucket_are_said_and_cut_nothing(
+    tmp_path: Path, lengths: list[int]
+) -> None:
+    FakeNxdiHook(tmp_path, ["layers.0"])({"layers.0": torch.rand(2, 16, 32)})
+    add(tmp_path, lengths=lengths)
+    sink = load(tmp_path)
+    assert sink.records[0].placement is None
+    assert f"the lengths {lengths} do not fit forward 1, of 2 rows" in str(sink.coverage["notes"])
 
 
 def test_inputs_and_manual_tensors_are_imported_and_placeholders_of_nan_are_not(

@@ -24,7 +24,10 @@ from tensortap_neuron.layouts.importing import Findings, Piece, new_info, write
 from tensortap_neuron.layouts.layer_files import export
 from tensortap_neuron.layouts.layer_metadata import METADATA, About, read_about
 
-_FILE = re.compile(r"(?P<what>layer_(?P<layer>\d{1,6})|embedding|final_norm)_output\.pt", re.ASCII)
+_FILE = re.compile(
+    r"(?P<what>layer_(?P<layer>0|[1-9]\d{0,5})|embedding|final_norm)_output\.pt", re.ASCII
+)
+_TWICE = re.compile(r"layer_0\d+_output\.pt", re.ASCII)
 _MODULES = {"embedding": "embed", "final_norm": "final_norm"}
 _SHIFTED = (
     "there is an embedding and no layer_0: a version of the script numbers the output of the first "
@@ -49,6 +52,9 @@ class LayersPt:
         found = {m["what"]: path for path in folder.iterdir() if (m := _FILE.fullmatch(path.name))}
         if not found:
             raise RunError(f"{folder} holds no layer_<i>_output.pt, as layers-pt has them.")
+        for path in sorted(folder.iterdir()):
+            if _TWICE.fullmatch(path.name):
+                findings.skip("*", path.name, "the number of its layer begins with 0")
         about = _about(folder / METADATA, findings)
         pieces = _pieces(found, about, findings)
         findings.require_some(pieces, folder, "layer that could be read")

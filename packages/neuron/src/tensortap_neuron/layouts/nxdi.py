@@ -14,13 +14,14 @@ read by their names.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from tensortap.errors import ConfigError, NotSupported, RunError
 from tensortap.layouts import Moved, Progress
@@ -35,8 +36,8 @@ from tensortap_neuron.layouts.nxdi_metadata import METADATA, Told, read_told
 from tensortap_neuron.layouts.nxdi_prompts import Prompts, prompts_of
 
 STAND_IN = (
-    "missing: the file holds a stand-in of one element, because the graph of this bucket does not "
-    "make the tensor"
+    "missing: the file holds a stand-in, one element for each prompt, because the graph of this "
+    "bucket does not make the tensor"
 )
 _FILE = re.compile(
     r"captured_tensors_(?P<phase>cte|ctx|tkg|tg)_step_(?P<step>\d{1,9})_"
@@ -153,7 +154,7 @@ class Folder:
 
 def _pieces(named: Sequence[Named], told: Told, findings: Findings) -> list[Piece]:
     names = canonical_names(dict.fromkeys(one.module for one in named))
-    read = [(one, _shape(one, names, findings)) for one in named]
+    read = [(one, _shape(one, names, told, findings)) for one in named]
     there = [(one, shape) for one, shape in read if shape is not None]
     streams = [
         (one.step, shape)
@@ -169,20 +170,35 @@ def _pieces(named: Sequence[Named], told: Told, findings: Findings) -> list[Piec
     return [_piece(one, shape, folder, findings) for one, shape in there]
 
 
-def _shape(one: Named, names: Mapping[str, str], findings: Findings) -> tuple[int, ...] | None:
+def _shape(
+    one: Named, names: Mapping[str, str], told: Told, findings: Findings
+) -> tuple[int, ...] | None:
     """Of a file that holds a tensor; `None`, and a gap, of one that does not."""
     name = f"{names[one.module]}/forward/{one.tensor}"
     try:
         TensorName.parse(name)
-        shape = tuple(read_tensor(one.path).shape)
+        tensor = read_tensor(one.path)
     except (RunError, ConfigError) as failure:
         reason = cause(failure, one.path) if isinstance(failure, RunError) else str(failure)
         findings.skip(name, one.path.name, reason)
         return None
-    if math.prod(shape) == 1:
+    if _stands_in(tensor, one, told):
         findings.skip(name, one.path.name, STAND_IN)
         return None
-    return shape
+    return tuple(tensor.shape)
+
+
+def _stands_in(tensor: torch.Tensor, one: Named, told: Told) -> bool:
+    """A zero, or NaN of a manual tensor; one for each prompt where NxDI encoded them one by one.
+
+    What NxDI's modules make has two axes at least, batch and sequence.
+    """
+    if tensor.numel() == 1:
+        return True
+    if not told.written or tensor.dim() > 1:
+        return False
+    manual = one.module.startswith("manual.")
+    return not manual or (tensor.is_floating_point() and bool(tensor.isnan().all()))
 
 
 def _piece(one: Named, shape: tuple[int, ...], folder: Folder, findings: Findings) -> Piece:

@@ -22,6 +22,10 @@ _UNEQUAL = (
     "the rows of the prompt have different lengths: padding is cut behind the longest, so that "
     "the pads of the others are compared"
 )
+_UNFIT = (
+    "the lengths {lengths} do not fit forward {step}, of {rows} rows in a bucket of {bucket}: its "
+    "padding is not cut"
+)
 _SEVERAL = "forwards {steps} have several positions: each is taken for the begin of a prompt"
 
 
@@ -64,14 +68,19 @@ def prompts_of(
     streams: Iterable[tuple[int, Sequence[int]]], told: Told, findings: Findings
 ) -> Prompts:
     """From the forwards and shapes of all `[batch, sequence, hidden]` tensors."""
-    positions: dict[int, int] = {1: 0}
+    sizes: dict[int, tuple[int, int]] = {1: (0, 0)}
     for step, shape in streams:
-        positions[step] = max(positions.get(step, 0), shape[1])
-    begins = [step for step, count in sorted(positions.items()) if step == 1 or count > 1]
-    found = [
-        Prompt(step, positions[step], told.lengths[n] if n < len(told.lengths) else ())
-        for n, step in enumerate(begins)
-    ]
+        sizes[step] = max(sizes.get(step, (0, 0)), (shape[1], shape[0]))
+    begins = [step for step, (count, _) in sorted(sizes.items()) if step == 1 or count > 1]
+    found = []
+    for number, step in enumerate(begins):
+        lengths = told.lengths[number] if number < len(told.lengths) else ()
+        bucket, rows = sizes[step]
+        if lengths and bucket and (max(lengths) > bucket or len(lengths) != rows):
+            said = _UNFIT.format(lengths=list(lengths), step=step, rows=rows, bucket=bucket)
+            findings.notes.append(("*", said))
+            lengths = ()
+        found.append(Prompt(step, bucket, lengths))
     if told.written and any(one.bucket > 1 and not one.lengths for one in found):
         findings.notes.append(("*", _NO_LENGTH))
     if any(len(set(one.lengths)) > 1 for one in found):
