@@ -5,7 +5,7 @@ from safetensors.torch import save_file
 from tests.analysis.weights.checkpoints import read, reasons, safetensors_folder
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from tensortap_analysis.weights import Scope
+from tensortap_analysis.weights import CheckpointError, Scope
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 
@@ -216,3 +216,33 @@ def test_float8_without_scales_is_measured_as_it_is(tmp_path):
     codes = torch.randn(8, 8).to(torch.float8_e4m3fn)
     _, values = only(saved(tmp_path, {"x.weight": codes}))
     assert values.dtype == torch.float8_e4m3fn
+
+
+def gptq(**damaged):
+    state = {
+        "x.qweight": torch.randint(0, 2**20, (4, 8), dtype=torch.int32),
+        "x.qzeros": torch.zeros(2, 1, dtype=torch.int32),
+        "x.scales": torch.ones(2, 8),
+        "x.g_idx": torch.arange(32, dtype=torch.int32) // 16,
+    }
+    return state | {f"x.{name}": tensor for name, tensor in damaged.items()}
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        {"g_idx": torch.full((32,), 99, dtype=torch.int32)},
+        {"qzeros": torch.zeros(0, 1, dtype=torch.int32)},
+        {"scales": torch.ones(6)},
+        {"scales": torch.ones(0, 8)},
+    ],
+)
+def test_damaged_codes_are_told_with_their_name(tmp_path, damaged):
+    folder = saved(tmp_path, gptq(**damaged), quant_method="gptq", bits=4)
+    with pytest.raises(CheckpointError, match=r"^x.* do not belong together \("):
+        Scope(folder).scan("norms")
+
+
+def test_the_same_codes_are_read_where_they_are_whole(tmp_path):
+    [weight] = Scope(saved(tmp_path, gptq(), quant_method="gptq", bits=4)).source.weights
+    assert weight.read().shape == (8, 32)

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tensortap_analysis.weights import CheckpointError, Scope
+from tensortap_analysis.weights.sources import safetensors_files
 
 DTYPES = (
     "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"
@@ -36,6 +37,20 @@ def test_a_safetensors_file_gives_every_weight_as_it_is(tmp_path):
     found = read(tmp_path / "x.safetensors")
     for name, tensor in state.items():
         assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8))
+
+
+def test_the_header_of_a_file_is_parsed_once_however_many_tensors_it_has(tmp_path, monkeypatch):
+    state = {f"experts.{n}.weight": torch.randn(2, 3) for n in range(50)}
+    save_file(state | {"none.weight": torch.zeros(0, 3)}, tmp_path / "x.safetensors")
+    opened = []
+    real = safetensors_files.safe_open
+    monkeypatch.setattr(
+        safetensors_files, "safe_open", lambda *a, **k: (opened.append(a), real(*a, **k))[1]
+    )
+    found = read(tmp_path / "x.safetensors")
+    assert len(opened) == 1
+    assert all(torch.equal(found[name], one) for name, one in state.items())
+    assert found["none.weight"].shape == (0, 3)
 
 
 def test_weights_come_layer_by_layer_though_files_sort_by_text(tmp_path):

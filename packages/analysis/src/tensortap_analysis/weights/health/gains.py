@@ -13,8 +13,9 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from tensortap_analysis.weights.health.issue import Issue, Layer, Limits, Rule, Severity, over
 from tensortap_analysis.weights.health.places import Largest, largest, where
@@ -30,6 +31,7 @@ _GAIN = re.compile(r"(?:^|\.)weight$|norm\w*[._](?:weight|gamma|scale|g)$", re.I
 _NO_GAIN = re.compile(r"prelu|(?:^|[._])act(?:[._]|$)|layer_?scale|(?:^|\.)ls\d?\.", re.IGNORECASE)
 _BATCH = re.compile(r"(?:^|[._])(?:bn|batch_?norm)\w*\.", re.IGNORECASE)
 _SHORTEST = 8
+_Any = TypeVar("_Any")
 _USUAL = 3.0
 """A gain up to this is ordinary whatever the others have: they begin at 1."""
 
@@ -65,21 +67,26 @@ def zero_gains(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
     branches (batch normalisations that begin at 0).
     """
     every = [layer for layer in layers if is_gain(layer) and not layer.facts.offset]
-    zeros = {layer.name for layer in every if layer.zero}
-    for layer in every:
-        same = [one for one in every if one.role == layer.role]
-        if layer.name not in zeros:
-            yield from _some_zeros(layer, limits["dead"])
-        elif len(zeros) == len(every) > 1:
-            cause = "All gains of all normalisations are 0, as before training where 1 is added."
-            yield Issue(layer.name, "zero", "info", cause, "Does the model add 1? Else it is dead.")
-        elif _BATCH.search(layer.facts.name) and all(one.name in zeros for one in same):
-            cause = "All its gains are 0, as where a residual branch begins."
-            yield Issue(layer.name, "zero", "info", cause, "Was the model trained at all?")
-        else:
-            cause = "All its gains are 0: what reads it sees nothing of its input."
-            remedy = "Was it loaded, and initialised? Compare names with those of the model."
-            yield Issue(layer.name, "zero", "critical", cause, remedy, 0.0, 0.0, math.inf)
+    none_left = len(every) > 1 and all(layer.zero for layer in every)
+    for some in _by_role(every, lambda layer: layer).values():
+        fresh = all(layer.zero and _BATCH.search(layer.facts.name) for layer in some)
+        for layer in some:
+            if layer.zero:
+                yield _zero(layer, none_left=none_left, fresh=fresh)
+            else:
+                yield from _some_zeros(layer, limits["dead"])
+
+
+def _zero(layer: Layer, *, none_left: bool, fresh: bool) -> Issue:
+    if none_left:
+        cause = "All gains of all normalisations are 0, as before training where 1 is added."
+        return Issue(layer.name, "zero", "info", cause, "Does the model add 1? Else it is dead.")
+    if fresh:
+        cause = "All its gains are 0, as where a residual branch begins."
+        return Issue(layer.name, "zero", "info", cause, "Was the model trained at all?")
+    cause = "All its gains are 0: what reads it sees nothing of its input."
+    remedy = "Was it loaded, and initialised? Compare names with those of the model."
+    return Issue(layer.name, "zero", "critical", cause, remedy, 0.0, 0.0, math.inf)
 
 
 def _some_zeros(layer: Layer, limit: float) -> Iterator[Issue]:
@@ -96,9 +103,18 @@ def _some_zeros(layer: Layer, limit: float) -> Iterator[Issue]:
 def sizes(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
     """Gains far from those of their peers, as a whole or in one channel."""
     every = [gain for layer in layers if (gain := _gain(layer)) is not None]
-    for gain in every:
-        usual = _usual(gain, every, limits)
-        yield from _judged(gain, usual, limits)
+    of_all = _of_all(every, limits)
+    for role, some in _by_role(every, lambda gain: gain.layer).items():
+        usual = _of_role(role, some, limits) if len(some) >= FEWEST else of_all
+        for gain in some:
+            yield from _judged(gain, of_all if gain.layer.name == role else usual, limits)
+
+
+def _by_role(some: Iterable[_Any], layer: Callable[[_Any], Layer]) -> dict[str, list[_Any]]:
+    roles: dict[str, list[_Any]] = {}
+    for one in some:
+        roles.setdefault(layer(one).role, []).append(one)
+    return roles
 
 
 def is_gain(layer: Layer) -> bool:
@@ -117,18 +133,18 @@ def _gain(layer: Layer) -> _Gain | None:
     return _Gain(layer, size, top) if 0 < size < math.inf else None
 
 
-def _usual(gain: _Gain, every: Sequence[_Gain], limits: Limits) -> _Usual | None:
-    """Of the same role, of all others, or `None` where there are too few of either."""
-    alone, name = limits["norm_gain_alone"], gain.layer.name
-    role = [one for one in every if one.layer.role == gain.layer.role]
-    if gain.layer.role != name and len(role) >= FEWEST:
-        far = max(limits["norm_gain_ratio"], _spread([one.size for one in role], limits))
-        far_peak = max(alone, _spread([one.peak for one in role], limits))
-        return _Usual(*_medians(role), far, far_peak, f"the other {gain.layer.role}")
-    others = [one for one in every if one.layer.name != name]
-    if len(others) < FEWEST:
+def _of_role(role: str, gains: Sequence[_Gain], limits: Limits) -> _Usual:
+    far = max(limits["norm_gain_ratio"], _spread([one.size for one in gains], limits))
+    far_peak = max(limits["norm_gain_alone"], _spread([one.peak for one in gains], limits))
+    return _Usual(*_medians(gains), far, far_peak, f"the other {role}")
+
+
+def _of_all(gains: Sequence[_Gain], limits: Limits) -> _Usual | None:
+    """`None` where there are too few."""
+    if len(gains) <= FEWEST:
         return None
-    return _Usual(*_medians(others), alone, limits["norm_critical"], "all normalisations")
+    far, far_peak = limits["norm_gain_alone"], limits["norm_critical"]
+    return _Usual(*_medians(gains), far, far_peak, "all normalisations")
 
 
 def _medians(gains: Sequence[_Gain]) -> tuple[float, float]:

@@ -118,7 +118,7 @@ def _bits(config: Config) -> int | None:
     group = next(iter(groups.values()), None) if isinstance(groups, dict) else None
     weights = group.get("weights") if isinstance(group, dict) else None
     known = weights.get("num_bits") if isinstance(weights, dict) else quantization.get("bits")
-    return known if type(known) is int else None
+    return known if type(known) is int and known > 0 else None
 
 
 def _method(config: Config) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from tensortap.errors import TensortapError
 from tensortap.store.dtypes import STORED
+from tensortap.store.mapping import map_bytes
+from tensortap_analysis.weights.sources.mapped import typed
 from tensortap_analysis.weights.sources.source import CheckpointError, Entry, regular
 
 _DIGITS = re.compile(r"(\d{1,18})")
@@ -29,12 +33,16 @@ def entries(path: Path) -> list[Entry]:
             names = sorted(file.keys(), key=in_layers)
             slices = [file.get_slice(name) for name in names]
             facts = [(tuple(one.get_shape()), str(one.get_dtype())) for one in slices]
+        places = _places(found)
     except (SafetensorError, OSError, ValueError, RuntimeError) as failure:
         raise CheckpointError(f"{path} is no whole safetensors file: {_short(failure)}.") from None
     return [
-        Entry(name, shape, _DTYPES.get(word), _loader(found, name), stored=word)
+        Entry(
+            name, shape, _DTYPES.get(word),
+            _loader(found, name, places[name], shape, _DTYPES.get(word)), stored=word,
+        )
         for name, (shape, word) in zip(names, facts, strict=True)
-    ]
+    ]  # fmt: skip
 
 
 def in_layers(name: str) -> list[tuple[int, str]]:
@@ -42,16 +50,36 @@ def in_layers(name: str) -> list[tuple[int, str]]:
     return [(int(word), "") if word.isdecimal() else (-1, word) for word in _DIGITS.split(name)]
 
 
-def _loader(path: Path, name: str) -> Callable[[], torch.Tensor]:
+def _places(path: Path) -> dict[str, tuple[int, int]]:
+    """Where each tensor begins and ends in a file whose header has been found to be whole.
+
+    Read once: opening the file for each tensor parses the header as often, and mixtures of experts
+    have thousands in one.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    start = 8 + length
+    return {
+        name: (start + facts["data_offsets"][0], start + facts["data_offsets"][1])
+        for name, facts in header.items()
+        if name != "__metadata__"
+    }
+
+
+def _loader(
+    path: Path, name: str, place: tuple[int, int], shape: tuple[int, ...], dtype: torch.dtype | None
+) -> Callable[[], torch.Tensor]:
     def load() -> torch.Tensor:
+        if dtype is None:
+            raise CheckpointError(f"{path}: {name!r} is of a dtype that torch does not have.")
+        if place[0] == place[1]:
+            return torch.empty(shape, dtype=dtype)
         # A mapping of its own: its pages leave the process with the tensor.
         try:
-            with safe_open(path, framework="pt") as file:
-                values: torch.Tensor = file.get_tensor(name)
-        except (SafetensorError, OSError, ValueError, RuntimeError) as failure:
+            return typed(map_bytes(path, *place), dtype).view(shape)
+        except (TensortapError, OSError, ValueError, RuntimeError) as failure:
             raise CheckpointError(f"{path}: {name!r} cannot be read: {_short(failure)}.") from None
-        aligned = values.data_ptr() % values.dtype.itemsize == 0
-        return values if aligned else values.clone()
 
     return load
 
