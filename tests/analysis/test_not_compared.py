@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import math
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from tests.analysis.small_runs import PlainMlp, capture_plain
 from tests.core.store.building import info, record, write_run
 
+from tensortap import open_run
 from tensortap.records import Placement
 from tensortap.stats import statistics
+from tensortap.store import RunDirectorySink
 from tensortap_analysis import compare
 
 LAYER = "layers.{}/forward/output"
@@ -222,3 +227,39 @@ def test_a_mask_of_another_shape_is_no_difference(tmp_path, layers):
     [run] = compare(ref, run_of(tmp_path / "run", {**layers, name: torch.zeros(1, 1, 4, 4)})).runs
     assert run.verdict == "agree"
     assert [one.name for one in run.of_kind("shape")] == [name]
+
+
+def test_what_a_live_run_lacks_is_not_written_yet(tmp_path, cli):
+    model = PlainMlp()
+    ref = capture_plain(model, tmp_path / "ref")
+    sink = RunDirectorySink(tmp_path / "live")
+    with open_run(ref) as whole:
+        sink.open(info())
+        try:
+            for known in list(whole.records())[:5]:
+                sink.write(dataclasses.replace(known, payload=None), whole.piece(known).clone())
+            sink.end_step(0)
+            code, out, err = cli("compare", ref, tmp_path / "live")
+        finally:
+            sink.close()
+    assert code == 2
+    assert "not written yet" in out
+    assert "not written yet" in err
+    assert "lost or damaged" not in out + err
+
+
+@pytest.mark.parametrize("command", ["compare", "formats", "report", "plot"])
+@pytest.mark.parametrize("what", ["folder", "folder/model.safetensors"])
+def test_a_checkpoint_is_sent_to_the_commands_that_read_it(tmp_path, cli, command, what):
+    (tmp_path / "folder").mkdir()
+    save_file({"w": torch.randn(3)}, tmp_path / "folder/model.safetensors")
+    (tmp_path / "folder/config.json").write_text("{}")
+    given = [tmp_path / what] * (2 if command == "compare" else 1)
+    out = ["--out", tmp_path / "out.html"] if command in ("report", "plot") else []
+    code, _, err = cli(command, *given, *out)
+    assert code == 2
+    said = " ".join(err.split())
+    assert f"{tmp_path / what} is a checkpoint, not a run" in said
+    assert "tensortap scan MODEL" in said
+    assert "diff-weights" in said
+    assert "layer-npy" not in said

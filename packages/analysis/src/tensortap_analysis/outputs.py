@@ -1,4 +1,8 @@
-"""Files that are written at the end of long work, and therefore checked at its beginning."""
+"""Files that are written at the end of long work, and therefore checked at its beginning.
+
+One rule for all commands: a file goes into a folder that exists, since a mistyped path must not
+become a new folder; only a folder that is itself what a command writes (`plot --out`) is made.
+"""
 
 from __future__ import annotations
 

@@ -14,6 +14,9 @@ from tensortap.layouts import layout, layouts
 from tensortap.store import Run, RunDirectorySink, open_run
 from tensortap.store.layout import rank_directories
 
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")
+_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+
 
 @dataclass(frozen=True, slots=True)
 class Named:
@@ -47,6 +50,7 @@ def opened(source: Source, layout_name: str | None = None) -> Iterator[Run]:
         ):
             yield run
     else:
+        _require_no_checkpoint(Path(source))
         with open_run(source) as run:
             yield run
 
@@ -84,4 +88,16 @@ def _imported(folder: Path, room: Path, names: Iterable[str]) -> Path:
             said.append(f"{name}: {failure}")
         else:
             return target
+    _require_no_checkpoint(folder)
     raise RunError(f"{folder} is neither a run nor in a layout that is installed. {' '.join(said)}")
+
+
+def _require_no_checkpoint(path: Path) -> None:
+    """Raise `RunError` for weights of a model, which other commands look at."""
+    holds = path.is_dir() and any(one for glob in _WEIGHTS for one in path.glob(glob))
+    if holds or (path.is_file() and path.suffix in _SUFFIXES):
+        raise RunError(
+            f"{path} is a checkpoint, not a run: it holds weights and no captured tensors. "
+            "tensortap scan MODEL judges the weights of one, tensortap diff-weights A B compares "
+            "two; capture a run of it with tensortap.attach."
+        )

@@ -14,6 +14,7 @@ from tensortap_analysis.captured.moments import Catalogue, Moment, catalogue
 from tensortap_analysis.captured.sources import Source, label, opened
 from tensortap_analysis.captured.steps import require_step
 from tensortap_analysis.comparison.mistakes import (
+    absence,
     dead_patterns,
     lost,
     require_noise_of_its_own,
@@ -134,7 +135,7 @@ class _Work:
         about = facts_of(other.run, path)
         unpaired = (
             *gathered(failed),
-            *lost(pairing.unpaired, self._ref.run.problems, about.problems),
+            *lost(pairing.unpaired, self._ref.run, other.run),
         )
         told, beside = self._parted(pairs, same, other, about, crew)
         return RunComparison(about, told, unpaired, tuple(moved), beside=beside)
@@ -179,7 +180,10 @@ class _Work:
         try:
             return self._examined(match, other, crew).with_noise(self._noise_of(match, crew))
         except NotComparable as reason:
-            return Unpaired(match.name, "both", str(reason), kind=reason.kind)
+            kind = reason.kind
+            if kind == "damaged":
+                kind = absence(self._ref.run, other.run)
+            return Unpaired(match.name, "both", str(reason), kind=kind)
 
     def _examined(self, match: Match, other: Catalogue, crew: Crew) -> Pair:
         block = self._block // crew.workers

@@ -12,6 +12,7 @@ from tensortap_analysis.comparison.tables import layers, telling_moment, tensors
 from tensortap_analysis.judging.presets import preset
 
 _WHO = {"ref": "only in REF", "run": "only in RUN", "both": "not comparable"}
+_LOST = ("damaged", "unwritten")
 _FEW = 8
 
 
@@ -71,7 +72,7 @@ def verdict(run: RunComparison) -> str:
 
 
 def _why_not(run: RunComparison) -> Iterator[str]:
-    yield from counted(run.of_kind("damaged"))
+    yield from counted(run.of_kind("damaged", "unwritten"))
     if run.undecided:
         yield f"{len(run.undecided):,} with statistics only"
 
@@ -114,7 +115,7 @@ def _few(words: list[str]) -> str:
 
 def _not_compared(run: RunComparison) -> Iterator[str]:
     """Why, a line for what is alike; what cannot be read has a reason of its own each time."""
-    unreadable = [one for one in run.unpaired if (one.where, one.kind) == ("both", "damaged")]
+    unreadable = [one for one in run.unpaired if one.where == "both" and one.kind in _LOST]
     if unreadable:
         many = sum(one.count for one in unreadable)
         yield f"  cannot be read: {many:,} tensors, the first {unreadable[0].name}:"

@@ -8,9 +8,11 @@ from pathlib import Path
 
 from tensortap.errors import ConfigError
 from tensortap.selection import Selection
+from tensortap.store import Run
 from tensortap_analysis.captured.moments import Catalogue
 from tensortap_analysis.captured.sources import Source, label
 from tensortap_analysis.pairs.pairing import Unpaired
+from tensortap_analysis.pairs.reasons import Kind
 
 
 def require_noise_of_its_own(runs: Sequence[Source], noise: Source | None) -> None:
@@ -31,10 +33,15 @@ def dead_patterns(select: str | Iterable[str], sides: Sequence[Catalogue]) -> It
         yield f"The pattern {pattern!r} of the selection matches nothing in any of the runs."
 
 
-def lost(
-    unpaired: Iterable[Unpaired], of_ref: Sequence[str], of_run: Sequence[str]
-) -> Iterator[Unpaired]:
+def lost(unpaired: Iterable[Unpaired], ref: Run, run: Run) -> Iterator[Unpaired]:
     """What an incomplete run lacks was captured perhaps, and is lost: nobody can say it agrees."""
-    incomplete = {"run": bool(of_ref), "ref": bool(of_run)}
+    meaning = {where: absence(side) if side.problems else None
+               for where, side in (("run", ref), ("ref", run))}  # fmt: skip
     for one in unpaired:
-        yield replace(one, kind="damaged") if incomplete.get(one.where) else one
+        kind = meaning.get(one.where)
+        yield one if kind is None else replace(one, kind=kind)
+
+
+def absence(*runs: Run) -> Kind:
+    """What it means that something cannot be read: of a run that is still written, little."""
+    return "unwritten" if any(run.live for run in runs) else "damaged"

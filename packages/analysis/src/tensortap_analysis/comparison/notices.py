@@ -68,7 +68,7 @@ def _not_compared(found: RunComparison) -> Iterator[str]:
     total = len(found.pairs) + found.not_compared
     said = f"{found.not_compared:,} of {total:,} tensors could not be compared: "
     said += ", ".join(counted(found.unpaired))
-    kinds: tuple[Kind, ...] = ("damaged", "conflict", "shape", "unknown")
+    kinds: tuple[Kind, ...] = ("damaged", "unwritten", "conflict", "shape", "unknown")
     worst = [one for kind in kinds for one in found.of_kind(kind)[:1]]
     first = f" (first: {worst[0].name}: {worst[0].reason})" if worst else ""
     yield f"{said}{first}."

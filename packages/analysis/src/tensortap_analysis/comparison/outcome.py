@@ -53,7 +53,8 @@ class RunComparison:
         # Each framework makes masks of its own, with or without axes for batch and heads.
         if self.divergences or any(not is_mask(one.name) for one in apart):
             return "differ"
-        return "incomparable" if self.of_kind("damaged") or self.undecided else "agree"
+        lost = self.of_kind("damaged", "unwritten")
+        return "incomparable" if lost or self.undecided else "agree"
 
     @property
     def first_divergence(self) -> Divergence | None:
@@ -132,6 +133,7 @@ def counted(unpaired: tuple[Unpaired, ...]) -> Iterator[str]:
         ("absent", "ref", "only in REF"),
         ("absent", "run", "only in RUN"),
         ("damaged", None, "lost or damaged"),
+        ("unwritten", None, "not written yet"),
         ("conflict", None, "of which ranks contradict each other"),
         ("shape", None, "of other shapes"),
         ("unknown", None, "of which not enough was captured"),

@@ -6,10 +6,11 @@ from typing import Literal
 
 from tensortap.errors import RunConflict, RunCorrupt
 
-Kind = Literal["absent", "shape", "conflict", "damaged", "unknown"]
+Kind = Literal["absent", "shape", "conflict", "damaged", "unwritten", "unknown"]
 """`absent`: one run has no such tensor. `shape`: both have it, in shapes that do not match.
 `conflict`: the pieces that ranks have of it contradict each other. `damaged`: it was captured, and
-cannot be read any more. `unknown`: what was captured of it is not enough to tell."""
+cannot be read any more. `unwritten`: a run of the two is still being written, and it is not there
+yet, or not whole. `unknown`: what was captured of it is not enough to tell."""
 
 
 class NotComparable(Exception):

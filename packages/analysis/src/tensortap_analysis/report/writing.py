@@ -117,7 +117,7 @@ def _missing(views: list[View], found: Comparison | None) -> tuple[str, ...]:
             shared = any(one.where == "both" for one in run.unpaired)
             why = "" if shared else ": nothing in common"
             lines.append(f"{run.run.path} could not be compared{why}.")
-        damaged = [one for one in run.unpaired if one.kind == "damaged"]
+        damaged = [one for one in run.unpaired if one.kind in ("damaged", "unwritten")]
         if damaged:
             lines.append(
                 f"{run.run.path}: {len(damaged):,} tensors could not be read; the first is "
