@@ -73,3 +73,34 @@ def test_skip_compile_refuses_what_was_compiled_otherwise(tt, model, tmp_path):
     assert code == 2
     assert "tensortap_capture.json" in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--neuron-config", "seq_len=64"), "seq_len is 64 here and 32 there"),
+        (("--neuron-config", "seq_len=32", "--dtype", "bf16"),
+         "torch_dtype is torch.bfloat16 here and not given there"),
+        ((), "seq_len is not given here and 32 there"),
+    ],
+)  # fmt: skip
+def test_skip_compile_refuses_options_it_was_not_compiled_with(tt, model, tmp_path, words, said):
+    given = ("neuron", "layers", "--model", model, "--prompt", TEXT, "--compiled", tmp_path / "c")
+    assert tt(*given, "--neuron-config", "seq_len=32", "--out", tmp_path / "one")[0] == 0
+    code, _, error = tt(*given, *words, "--skip-compile", "--out", tmp_path / "two")
+    assert (code, said in error) == (2, True)
+    assert not (tmp_path / "two").exists()
+
+
+def test_what_nxdi_raises_is_one_line(tt, model, tmp_path):
+    """An option it does not know; a prompt longer than every bucket."""
+    given = ("neuron", "layers", "--model", model, "--compiled", tmp_path / "c")
+    code, _, error = tt(
+        *given, "--prompt", TEXT, "--neuron-config", "foo=1", "--out", tmp_path / "out"
+    )
+    assert code == 2
+    assert f"--compiled {tmp_path / 'c'}: {model} cannot be compiled" in error
+    code, _, error = tt(*given, "--prompt", TEXT * 9, "--out", tmp_path / "out")
+    assert code == 2
+    assert "cannot run a prompt of 45 tokens" in error
+    assert not list(tmp_path.glob("out/*"))

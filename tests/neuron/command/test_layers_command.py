@@ -255,3 +255,14 @@ def test_a_capture_that_stops_half_way_is_told_and_makes_the_exit_code_1(
     assert code == 1
     assert "layer 2: a container without a call of its own" in printed
     assert not (tmp_path / "out" / "prompt-0" / "layers-pt" / "layer_2_output.pt").exists()
+
+
+def test_a_place_that_cannot_be_written_is_found_before_the_model_is_loaded(
+    tt, tmp_path, monkeypatch
+):
+    (tmp_path / "file").write_text("")
+    code, _, error = tt(
+        "neuron", "layers", "--model", tmp_path, "--prompt", "a", "--out", tmp_path / "file" / "out"
+    )
+    assert code == 2
+    assert f"nothing can be written to {tmp_path / 'file'}" in error

@@ -54,6 +54,7 @@ class NeuronConfig:
         self.tp_degree = options.pop("tp_degree", 1)
         self.seq_len = options.pop("seq_len", 64)
         self.context_encoding_buckets = options.pop("context_encoding_buckets", [8, 16])
+        self.torch_dtype = options.pop("torch_dtype", torch.bfloat16)
         self.sequence_parallel_enabled = options.pop("sequence_parallel_enabled", False)
         for kernel in KERNELS:
             setattr(self, kernel, options.pop(kernel, False))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 import tensortap
-from tensortap.errors import RunExists
+from tensortap.errors import ConfigError, RunExists
 from tensortap.layouts import layout
 from tensortap_neuron.command.calling import forward
 from tensortap_neuron.command.naming import Place
@@ -64,7 +65,13 @@ _CAPTURE: Mapping[str, Any] = {
 
 
 def require_new(out: Path, prompts: int, *, overwrite: bool) -> None:
-    """Raise `RunExists`, before a model is loaded, where a prompt's folder is there already."""
+    """Raise, before a model is loaded, where a prompt's folder is there already or cannot be made.
+
+    That is `RunExists` or `ConfigError`.
+    """
+    above = next(one for one in (out, *out.absolute().parents) if one.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise ConfigError(f"--out {out} cannot be made: nothing can be written to {above}.")
     folders = [out / folder_of(number) for number in range(prompts)]
     taken = [folder for folder in folders if folder.exists()]
     if taken and not overwrite:

@@ -29,28 +29,38 @@ class Compiled:
     """A model that NxDI has compiled; it returns what it was compiled to return."""
 
     application: Application
+    folder: Path
     places: list[Place]
 
     def capture(self, prompt: Prompt, run: Path, metadata: Mapping[str, Any]) -> None:
-        """Context encoding of the prompt: one forward of the bucket that it fits in."""
+        """Context encoding of the prompt: one forward of the bucket that it fits in.
+
+        Raises `ConfigError` where it fits in none, or the model cannot be run.
+        """
+        what = f"--compiled {self.folder} cannot run a prompt of {len(prompt.ids)} tokens"
         with self.application.capture.hook(run, **_HOOK, metadata=metadata) as hook:
-            self.application.generate(prompt.tensor, hook, max_new_tokens=1)
+            tried(what, lambda: self.application.generate(prompt.tensor, hook, max_new_tokens=1))
 
 
 def start(
     model: str, folder: Path, *, skip_compile: bool, dtype: str, options: Mapping[str, Any]
 ) -> Compiled:
-    """Compile to `folder`, or load from it, and start; see `traced.application` for errors."""
+    """Compile to `folder`, or load from it, and start; see `traced.application` for errors.
+
+    What NxDI itself raises, of its configuration, compiler or devices, is a `ConfigError`.
+    """
     from tensortap_neuron.traced import application
 
     neuron = dict(options)
     if dtype != "auto":
         neuron.setdefault("torch_dtype", DTYPES[dtype])
-    found = application(
-        checkpoint(model), folder, skip_compile=skip_compile, select=SELECT, neuron=neuron
+    where, act = checkpoint(model), "loaded" if skip_compile else "compiled"
+    found: Application = tried(
+        f"--compiled {folder}: {model} cannot be {act}",
+        lambda: application(where, folder, skip_compile=skip_compile, select=SELECT, neuron=neuron),
     )
     names = found.capture.names.values()
-    return Compiled(found, in_order(places(f"{name}/forward/output" for name in names)))
+    return Compiled(found, folder, in_order(places(f"{name}/forward/output" for name in names)))
 
 
 def checkpoint(model: str) -> Path:

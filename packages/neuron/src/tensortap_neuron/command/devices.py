@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tensortap.errors import ConfigError, NotSupported
+from tensortap.errors import ConfigError, NotSupported, TensortapError
 
 DEVICES = ("cpu", "cuda", "xla", "neuron")
 DTYPES: Mapping[str, torch.dtype] = {
@@ -99,6 +99,8 @@ def tried(what: str, work: Callable[[], Any]) -> Any:
     """What another library raises, as one line: a class of error for every field."""
     try:
         return work()
+    except TensortapError:
+        raise  # It says what and where by itself.
     except Exception as failure:
         raise ConfigError(f"{what}: {first_line(failure)}") from failure
 

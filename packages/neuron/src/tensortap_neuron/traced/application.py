@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,7 @@ def _configured(
 
     The capture depends on the configuration, and that on the capture: so it is made twice.
     """
+    given = {option: _text(value) for option, value in options.items()}
     load = real(f"{_NXDI}.utils.hf_adapter", "load_pretrained_config")
     sampling = real(f"{_NXDI}.models.config", "OnDeviceSamplingConfig")
     options.setdefault("on_device_sampling_config", sampling(do_sample=False, deterministic=True))
@@ -128,4 +129,12 @@ def _configured(
         return config_class(neuron_class(**options, **more), load_config=load(str(model)))
 
     capture = prepare(configuration(), select, moe=moe)
+    capture = replace(capture, facts=replace(capture.facts, options=given))
     return configuration(tensor_capture_config=capture.tensor_capture_config()), capture
+
+
+def _text(value: Any) -> str:
+    """An option as it is compared; of an object its type, which is the same in every process."""
+    if value is None or isinstance(value, (bool, int, float, str, list, dict, torch.dtype)):
+        return str(value)
+    return type(value).__name__

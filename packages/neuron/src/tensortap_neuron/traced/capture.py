@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -238,8 +238,21 @@ def _facts_apart(here: Facts, there: Facts) -> list[str]:
             "sequence_parallel": "sequence_parallel_enabled",
             **FLAGS,
         }
-    return [
+    said = [
         f"{title} is {getattr(here, word)} here and {getattr(there, word)} there"
         for word, title in titles.items()
         if getattr(here, word) != getattr(there, word)
     ]
+    return said or list(_options_apart(here.options, there.options))
+
+
+def _options_apart(
+    here: Mapping[str, str] | None, there: Mapping[str, str] | None
+) -> Iterator[str]:
+    """Options of NeuronConfig that one application was given and the other not, or otherwise."""
+    if here is None or there is None:
+        return
+    for option in sorted({*here, *there}):
+        one, two = (said.get(option, "not given") for said in (here, there))
+        if one != two:
+            yield f"{option} is {one} here and {two} there"

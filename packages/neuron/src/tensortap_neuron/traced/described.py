@@ -30,8 +30,9 @@ class Facts:
     with `qkv_kernel_fuse_residual_add` the residual is added by the next layer, so that a layer's
     output is without it while the context is encoded. `qkv_kernel`, `mlp_kernel`,
     `mlp_residual_fused` and `moe_kernel` are the other flags of fused kernels. `hidden` is the
-    width of the residual stream, 0 where nothing tells. `lies`: how the tensors of modules lie
-    that are known to be parallel layers, by path.
+    width of the residual stream, 0 where nothing tells. `options` are those that `application` was
+    given for its NeuronConfig, as texts; `None` where it was made by hand. `lies`: how the tensors
+    of modules lie that are known to be parallel layers, by path.
     """
 
     model_class: str = ""
@@ -47,6 +48,7 @@ class Facts:
     mlp_residual_fused: bool = False
     moe_kernel: bool = False
     hidden: int = 0
+    options: Mapping[str, str] | None = None
     lies: Mapping[str, Lies] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:

@@ -125,8 +125,9 @@ class TracedHook:
             return
         try:
             self.close()
-        except CaptureError as failure:  # The error on its way out says more.
-            warnings.warn(str(failure), CaptureWarning, stacklevel=2)
+        except CaptureError as failure:
+            if self._called:  # Else the error on its way out says all.
+                warnings.warn(str(failure), CaptureWarning, stacklevel=2)
 
     def _meet(self, app: Any) -> None:
         """What the running application says comes before what was known when it was prepared."""
