@@ -114,9 +114,9 @@ def test_what_is_typed_wrongly_is_one_line(
         ((one,), "needs two checkpoints"),
         ((one, tmp_path / "none"), "no file or folder"),
         ((one, two, "--plot", "drift.jpg"), "must end in .png"),
-        ((one, none, "--plot", tmp_path / "no" / "d.png"), "folder that there is"),
+        ((one, none, "--plot", tmp_path / "no" / "d.png"), "there is no directory"),
         ((one, none, "--html", "d.txt"), "must end in .html or .htm"),
-        ((one, none, "--output", tmp_path / "no" / "d.json"), "folder that there is"),
+        ((one, none, "--output", tmp_path / "no" / "d.json"), "there is no directory"),
         ((one, none, "--output", tmp_path), "must end in .json"),
         ((one, none, "--output", two), "must end in .json"),
         ((one, none, "--output", foreign), "is no drift"),
@@ -206,3 +206,14 @@ def test_checkpoints_of_other_models_are_told_apart(
     assert "model.layers.0.mlp.up_proj was 24x16 and is 48x16" in " ".join(err.split())
     few = cli(checkpoints[0], saved("few", **{name: torch.ones(24, 16)}))[1]
     assert "Only 1 of 6 weights are in both" in few
+
+
+def test_patterns_that_match_nothing_and_files_that_were_written_are_named(cli, tmp_path):
+    for name in "ab":
+        state = {"q.weight": torch.randn(8, 8), "k.weight": torch.randn(8, 8)}
+        save_file(state, tmp_path / f"{name}.safetensors")
+    both = [tmp_path / f"{name}.safetensors" for name in "ab"]
+    code, _, error = cli(*both, "--select", "q,nope.*", "--output", tmp_path / "d.json")
+    assert code == 0
+    assert "the pattern 'nope.*' matches nothing in" in error
+    assert f"wrote {tmp_path / 'd.json'}" in error

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 from tests.analysis.weights.checkpoints import safetensors_folder, small_state
 
+import tensortap
 from tensortap.cli import app, main
 from tensortap_analysis.weights import ScanResult, Scope, scanning
 
@@ -311,3 +312,72 @@ def test_one_layer_bears_and_none_is_said(cli, tmp_path):
         "scan", tmp_path / "x.safetensors", "--recommend", "compress", "--select", "fine"
     )
     assert "No layer bears a low rank with an error of 10% of its norm." in out
+
+
+def interrupting(monkeypatch, after):
+    real, calls = scanning.measured, []
+
+    def measured(*arguments):
+        if len(calls) == after:
+            raise KeyboardInterrupt
+        calls.append(arguments)
+        return real(*arguments)
+
+    monkeypatch.setattr(scanning, "measured", measured)
+
+
+def test_an_interrupted_scan_says_what_is_kept_and_the_next_one_what_it_took_over(
+    cli, folder, tmp_path, monkeypatch
+):
+    report = tmp_path / "r.json"
+    with monkeypatch.context() as patched:
+        interrupting(patched, 5)
+        code, out, error = cli("scan", folder, "--output", report)
+    journal = f"{report}.journal"
+    assert (code, out) == (130, "")
+    assert error.strip() == (
+        f"interrupted: 5 weights are kept in {journal}; the same command goes on from there."
+    )
+    code, _, error = cli("scan", folder, "--output", report)
+    assert code == 0
+    assert f"goes on: 5 of 15 weights are in {journal} already" in error
+    assert f"wrote {report}" in error
+    assert ScanResult.load(report) == Scope(folder).scan()
+    assert "goes on" not in cli("scan", folder, "--output", report)[2]
+
+
+def test_an_interrupted_scan_without_output_says_how_to_keep_it(cli, folder, monkeypatch):
+    interrupting(monkeypatch, 3)
+    code, _, error = cli("scan", folder)
+    assert code == 130
+    assert "nothing is kept; with --output FILE" in error
+
+
+def test_patterns_that_match_nothing_are_warned_of_and_the_closest_layers_named(cli, folder):
+    code, _, error = cli("scan", folder, "--select", "model.layers.1.*,model.layers.9.*")
+    assert code == 0
+    assert "the pattern 'model.layers.9.*' matches nothing in" in error
+    code, _, error = cli("scan", folder, "--select", "model.layers.9.mlp.up_proj")
+    assert code == 2
+    assert "Closest layers: 'model.layers." in error
+    assert "/" not in error.split("Closest layers")[1]
+
+
+def test_a_run_is_not_a_checkpoint_and_it_is_said_what_to_do(cli, tmp_path):
+    with tensortap.attach(torch.nn.Linear(4, 4), tmp_path / "run") as tap:
+        tap.record("x/forward/y", torch.ones(3))
+    code, _, error = cli("scan", tmp_path / "run")
+    assert code == 2
+    assert "is a run of tensortap, not a checkpoint" in error
+    assert "tensortap show" in error
+
+
+def test_files_without_a_suffix_are_read_by_their_beginning(cli, tmp_path):
+    save_file({"x.weight": torch.randn(8, 8)}, tmp_path / "model")
+    assert list(Scope(tmp_path / "model").scan("norms")) == ["x"]
+    for text in ("just some text in a file", "{", ""):
+        (tmp_path / "text").write_text(text)
+        code, _, error = cli("scan", tmp_path / "text")
+        assert code == 2
+        assert "Checkpoints are .safetensors files" in error
+        assert "Error" not in error

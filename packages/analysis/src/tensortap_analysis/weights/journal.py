@@ -59,6 +59,17 @@ class Journal:
         self._file.flush()
 
 
+def kept(output: Path) -> str:
+    """What an interrupted scan that was to be saved as `output` has left, in a sentence."""
+    path = Path(f"{output}.journal")
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    count = sum("name" in content for line in lines if (content := _parsed(line)))
+    if not count:
+        return "no weight was finished yet."
+    weights = "1 weight is" if count == 1 else f"{count:,} weights are"
+    return f"{weights} kept in {path}; the same command goes on from there."
+
+
 def key_of(source: Source, methods: tuple[str, ...], options: Options) -> str:
     """Differs where a measurement could: in files, methods, options, or who measures."""
     facts = [source.identity, methods, asdict(options), __version__, torch.__version__]

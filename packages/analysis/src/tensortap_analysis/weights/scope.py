@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from tensortap.errors import SelectionError, nearest
 from tensortap.selection import Selection
 from tensortap_analysis.weights.journal import Journal, key_of
 from tensortap_analysis.weights.options import Options, chosen_methods
@@ -49,8 +50,15 @@ class Scope:
         )
         if not found:
             names = [weight.layer for weight in self._source.weights]
-            raise wanted.nothing_in(names, self._source.label)
+            raise SelectionError(
+                f"The selection {wanted.text!r} matches nothing in {self._source.label}. "
+                f"Closest layers: {nearest(wanted.text, names)}."
+            )
         return found
+
+    def unmatched(self, select: str | Iterable[str]) -> list[str]:
+        """The patterns of a selection that match no layer."""
+        return Selection.parse(select).dead([f"{one.layer}/" for one in self._source.weights], ())
 
     def scan(
         self,
@@ -62,6 +70,7 @@ class Scope:
         output: str | os.PathLike[str] | None = None,
         overwrite: bool = False,
         progress: Progress = lambda done, total: None,
+        told: Callable[[str], None] = lambda sentence: None,
     ) -> ScanResult:
         """Measure the selected weights by `methods` (`"all"`, or some of `METHODS`).
 
@@ -69,8 +78,8 @@ class Scope:
         holds one weight at a time. With `output` the result is saved there, and until then a
         journal beside it: an interrupted scan of the same files goes on where it was. A file that
         is there is replaced if it is a scan of the same model, any other with `overwrite` only.
-        `progress` gets bytes done and bytes in all. Raises `ConfigError`, `SelectionError`, and
-        `CheckpointError` for a file that turns out to be broken.
+        `progress` gets bytes done and bytes in all, `told` what was taken over from before. Raises
+        `ConfigError`, `SelectionError`, and `CheckpointError` for a file that turns out broken.
         """
         names, options = chosen_methods(methods), options or Options()
         weights = self.weights(select)
@@ -78,6 +87,8 @@ class Scope:
         if output is not None:
             check_target(Path(output), self._source.label, overwrite)
         with self._journal(output, names, options) as log:
+            if log is not None and (have := [one for one in todo if one.name in log.done]):
+                told(f"goes on: {len(have):,} of {len(todo):,} weights are in {log.path} already")
             extra = beside(weights, self._source.weights) if "norms" in names else []
             total = sum(weight.nbytes for weight in extra)
             found = _measure(

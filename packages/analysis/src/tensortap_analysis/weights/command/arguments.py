@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import typer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -20,7 +20,9 @@ from rich.progress import (
 from typer.core import TyperCommand
 
 from tensortap.errors import ConfigError
+from tensortap_analysis.outputs import require_writable
 from tensortap_analysis.weights.health import SEVERITIES
+from tensortap_analysis.weights.scope import Scope
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -44,10 +46,42 @@ def check_file(option: str, path: Path | None, *endings: str) -> None:
         return
     if path.suffix.lower() not in endings:
         raise ConfigError(f"{option} {path}: the file must end in {' or '.join(endings)}.")
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise ConfigError(f"{option} {path}: name a file in a folder that there is.")
-    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-        raise ConfigError(f"{option} {path}: it may not be written there.")
+    require_writable(path, option)
+
+
+def say_written(*paths: Path | None) -> None:
+    """Name the files that were written, on stderr."""
+    if names := [str(path) for path in paths if path is not None]:
+        Console(stderr=True, soft_wrap=True).print(
+            f"wrote {', '.join(names)}", highlight=False, markup=False
+        )
+
+
+@contextmanager
+def interruptible(sentence: Callable[[], str]) -> Iterator[None]:
+    """Ctrl-C ends with exit code 130 and one line, which says what is kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        Console(stderr=True, soft_wrap=True).print(
+            f"interrupted: {sentence()}", highlight=False, markup=False
+        )
+        raise typer.Exit(130) from None
+
+
+def unmatched(scopes: Sequence[Scope], select: str) -> list[str]:
+    """A sentence for each pattern that matches nothing in any of them, among others that do.
+
+    Raises `SelectionError` where none does.
+    """
+    for scope in scopes:
+        scope.weights(select)
+    dead = [set(scope.unmatched(select)) for scope in scopes]
+    where = ", ".join(scope.source.label for scope in scopes)
+    return [
+        f"the pattern {pattern!r} matches nothing in {where}"
+        for pattern in sorted(set.intersection(*dead))
+    ]
 
 
 def check_fail_on(word: str | None) -> None:
@@ -88,6 +122,9 @@ def byte_progress(doing: str) -> Iterator[Callable[[int, int], None]]:
         TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
         TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    # A bar that nobody sees leaves an empty line in front of an error.
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
         task = progress.add_task(doing, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)

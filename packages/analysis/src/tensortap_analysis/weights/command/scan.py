@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -14,11 +15,15 @@ from rich.console import Console
 from tensortap import formats as known
 from tensortap.errors import ConfigError
 from tensortap.tables import print_whole
+from tensortap_analysis.progress import warn
 from tensortap_analysis.weights.command.arguments import (
     byte_progress,
     check_fail_on,
+    interruptible,
     limits_of,
+    say_written,
     takes_workers,
+    unmatched,
 )
 from tensortap_analysis.weights.command.recommending import Advice, advice, check_advice
 from tensortap_analysis.weights.command.tables import (
@@ -30,6 +35,7 @@ from tensortap_analysis.weights.command.tables import (
     skipped_lines,
 )
 from tensortap_analysis.weights.health import SEVERITIES, Health, check_preset, health
+from tensortap_analysis.weights.journal import kept
 from tensortap_analysis.weights.options import Options
 from tensortap_analysis.weights.recommend.compressing import ERROR
 from tensortap_analysis.weights.recommend.quantizing import SQNR_DB
@@ -100,7 +106,7 @@ def scan(
     """Measure every weight of a checkpoint: spectrum, quantisation, zeros, norms; and judge them.
 
     It needs no model code and no data, and holds a few tensors at a time. Exit code: 0 scanned,
-    1 an issue of the severity that --fail-on names, 2 it could not be done.
+    1 an issue of the severity that --fail-on names, 2 it could not be done, 130 interrupted.
     """
     limits = limits_of(threshold)
     check_preset(preset, limits)
@@ -125,10 +131,11 @@ def scan(
         scope, result = None, ScanResult.load(saved)
     else:
         scope, options = _opened(model or []), Options(_words(formats), full_spectrum)
-        with byte_progress("scanning") as progress:
+        warn(unmatched([scope], select))
+        with interruptible(partial(_kept, output)), byte_progress("scanning") as progress:
             result = scope.scan(
                 methods, select=select, parallel=parallel, options=options, output=output,
-                overwrite=overwrite, progress=progress,
+                overwrite=overwrite, progress=progress, told=_tell,
             )  # fmt: skip
     found = health(result, preset, limits)
     if html is not None:
@@ -139,8 +146,19 @@ def scan(
         _say(document(result, found))
     else:
         _print(result, found, limit, health_only)
+    say_written(output, html)
     failed = any(found.at_least(one) for one in SEVERITIES if one == fail_on)
     raise typer.Exit(1 if failed else 0)
+
+
+def _kept(output: Path | None) -> str:
+    if output is None:
+        return "nothing is kept; with --output FILE a scan goes on where it was."
+    return kept(output)
+
+
+def _tell(sentence: str) -> None:
+    Console(stderr=True, soft_wrap=True).print(sentence, highlight=False, markup=False)
 
 
 def _words(text: str) -> tuple[str, ...]:

@@ -13,12 +13,16 @@ from rich.console import Console
 
 from tensortap.errors import ConfigError
 from tensortap.tables import print_whole
+from tensortap_analysis.progress import warn
 from tensortap_analysis.weights.command.arguments import (
     byte_progress,
     check_fail_on,
     check_file,
+    interruptible,
     limits_of,
+    say_written,
     takes_workers,
+    unmatched,
 )
 from tensortap_analysis.weights.command.tables import shown, skipped_lines
 from tensortap_analysis.weights.drift.alerts import alerts, limits_of_preset, overall_alerts
@@ -64,7 +68,8 @@ def diff_weights(
     """Compare checkpoints of one model, each with the one before: how far every weight went.
 
     The change is ||after - before|| / ||before||; alerts say what exploded, collapsed or stalled.
-    Exit code: 0 compared, 1 an alert of the severity that --fail-on names, 2 it could not be done.
+    Exit code: 0 compared, 1 an alert of the severity that --fail-on names, 2 it could not be done,
+    130 interrupted.
     """
     limits = limits_of(threshold, "explosion=5")
     limits_of_preset(preset, limits)
@@ -72,11 +77,12 @@ def diff_weights(
     _check_files(plot, html, output)
     if len(models) < 2:
         raise ConfigError("diff-weights needs two checkpoints: tensortap diff-weights A B.")
-    with byte_progress("comparing") as progress:
+    scopes = [Scope(model) for model in models]
+    warn(unmatched(scopes, select))
+    with interruptible(lambda: "nothing is kept."), byte_progress("comparing") as progress:
         steps = track(
-            [Scope(model) for model in models], select=select, parallel=parallel, spectral=spectral,
-            progress=progress,
-        )  # fmt: skip
+            scopes, select=select, parallel=parallel, spectral=spectral, progress=progress
+        )
     issues = [alerts(step, preset, limits) for step in steps]
     issues.append(overall_alerts(steps, preset, limits))
     _write(steps, issues, plot, html, output)
@@ -84,6 +90,7 @@ def diff_weights(
         sys.stdout.write(json.dumps(document(steps, issues), indent=1) + "\n")
     else:
         _print(steps, issues, limit)
+    say_written(output, plot, html)
     raise typer.Exit(1 if _failed(issues, fail_on) else 0)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import tensortap
 from tensortap.errors import ConfigError
+from tensortap_analysis.outputs import require_writable
 from tensortap_analysis.report.markup import Html, join, listing, tag
 from tensortap_analysis.report.searching import Column, searched
 from tensortap_analysis.report.shell import document
@@ -75,8 +76,7 @@ def target(out: str | os.PathLike[str]) -> Path:
     path = Path(out)
     if path.suffix.lower() not in (".html", ".htm"):
         raise ConfigError(f"--html {path}: a report is an HTML file; name it ….html.")
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise ConfigError(f"--html {path}: name a file in a folder that there is.")
+    require_writable(path, "--html")
     return path
 
 

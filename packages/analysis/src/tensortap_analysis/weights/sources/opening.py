@@ -57,6 +57,11 @@ def _because(skipped: Sequence[Skipped]) -> str:
 
 
 def _folder(path: Path) -> Listing:
+    if (path / "run.json").is_file():
+        raise CheckpointError(
+            f"{path} is a run of tensortap, not a checkpoint: it holds what was captured. "
+            f"tensortap show {path} lists it, tensortap compare A B compares two."
+        )
     path = megatron.latest(path) or path
     for read in _FOLDERS:
         found = read(path)
@@ -79,10 +84,19 @@ def _hint(path: Path, named: Sequence[Path]) -> str:
 
 
 def _file(path: Path) -> Listing:
-    if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" or _is_safetensors(path):
         return hugging_face.single(path)
     if path.suffix == ".json" and path.name.endswith(".index.json"):
         return _folder(path.parent)
     if path.suffix in _STATE_DICTS or path.is_file():
         return state_dict.listing(path)
     raise CheckpointError(f"{path} is neither a file nor a folder.")
+
+
+def _is_safetensors(path: Path) -> bool:
+    """A file without that suffix that begins as one does: a length, and a JSON object of it."""
+    if path.suffix in _STATE_DICTS or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        length, start = int.from_bytes(file.read(8), "little"), file.read(1)
+    return start == b"{" and length <= path.stat().st_size - 8

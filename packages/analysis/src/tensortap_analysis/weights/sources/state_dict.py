@@ -25,6 +25,12 @@ _WRAPPERS = ("model", "state_dict", "module", "model_state_dict")
 """Keys below which training scripts keep the weights, beside the optimizer and the rest."""
 
 
+_NEITHER = (
+    "is no file of torch.save, or was cut off. Checkpoints are .safetensors files, files of "
+    "torch.save, or folders of these."
+)
+
+
 def listing(path: Path) -> Listing:
     """The tensors of a state dict, also below `model`, `state_dict` or `module`, dots between.
 
@@ -72,7 +78,11 @@ def _reason(failure: Exception) -> str:
         )
     if "WeightsUnpickler error:" in text:
         said = text.split("WeightsUnpickler error:")[1].strip().splitlines()[0]
+        if said.startswith("Unsupported operand"):
+            return _NEITHER
         return f"is not read, for only tensors are: {said}"
+    if isinstance(failure, (KeyError, IndexError, EOFError, UnicodeDecodeError)):
+        return _NEITHER
     first = (text.splitlines() or [""])[0]
     return f"is no whole file of torch.save: {type(failure).__name__} {first}"
 
