@@ -103,6 +103,39 @@ def test_a_file_that_is_missing_or_no_capture_says_to_compile_again(tmp_path, co
         traced.Capture.load(tmp_path)
 
 
+def edited(tmp_path, change):
+    path = CAPTURE.save(tmp_path)
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda c: c["facts"].update(layers="3"), "layers is '3'"),
+        (lambda c: c["facts"].update(tp=0), "tp is 0"),
+        (lambda c: c["facts"].update(options=[]), r"options is \[\]"),
+        (lambda c: c["facts"]["lies"]["norm"].update(sequence="x"), "does not say how"),
+        (lambda c: c["facts"]["lies"]["norm"].update(stride=0), "does not say how"),
+        (lambda c: c["modules"].update(norm="a b"), "tensor name"),
+        (lambda c: c["modules"].update(norm="layers.0"), "two modules have one name"),
+        (lambda c: c.update(manual=["x"]), "tensor name"),
+    ],
+)
+def test_a_file_that_was_tampered_with_is_refused(tmp_path, change, said):
+    edited(tmp_path, change)
+    with pytest.raises(ConfigError, match=said) as raised:
+        traced.Capture.load(tmp_path)
+    assert "compile the model again" in str(raised.value)
+
+
+def test_a_file_of_nested_brackets_is_refused(tmp_path):
+    (tmp_path / FILE).write_text("[" * 200_000)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        traced.Capture.load(tmp_path)
+
+
 def test_nxdis_configuration_is_made_from_the_real_package_only():
     with pytest.raises(NotSupported, match=r"pip\.repos\.neuron\.amazonaws\.com"):
         CAPTURE.tensor_capture_config()

@@ -215,6 +215,35 @@ def test_a_configuration_under_which_captures_are_dropped_or_wrong_is_refused(op
         traced.prepare(config)
 
 
+def test_logits_that_nxd_cannot_hand_out_are_not_asked_for():
+    """Its registry cuts the padding of all ranks off the piece of one."""
+    neuron = fake_nxdi.NeuronConfig(on_device_sampling_config=object(), tp_degree=7)
+    config = SimpleNamespace(**vars(CONFIG), neuron_config=neuron, vocab_size=60)
+    assert "lm_head" not in traced.prepare(config).modules
+    with pytest.raises(SelectionError, match="vocabulary that tp_degree does not divide"):
+        traced.prepare(config, "lm_head/forward/output")
+    head = fake_nxd.ColumnParallelLinear(
+        8, 60, gather_output=False, pad=True, group=fake_nxd.FakeGroup(7)
+    )
+    registry = fake_nxd.TensorRegistry()
+    registry.configure(True, ["lm_head"])
+    with pytest.raises(RuntimeError, match="exceeds dimension size"):
+        registry.register_tensor("lm_head.outputs", torch.rand(1, 1, 9), head)
+    config.vocab_size = 63
+    assert "lm_head" in traced.prepare(config).modules
+
+
+@pytest.mark.parametrize("manual", [["layers.0/forward/output"], ["a/forward/x", "a/forward/x"]])
+def test_a_name_by_hand_that_is_another_tensors_is_refused(manual):
+    with pytest.raises(ConfigError, match="is the name of another tensor"):
+        traced.prepare(CONFIG, "layers.0/forward/output", manual=manual)
+
+
+def test_what_is_no_list_of_paths_is_said():
+    with pytest.raises(ConfigError, match="paths of modules as text"):
+        traced.prepare(CONFIG, "*", modules=[1])
+
+
 def test_what_is_no_model_is_said(tmp_path):
     with pytest.raises(ConfigError, match="num_hidden_layers"):
         traced.prepare(object())

@@ -344,6 +344,57 @@ def test_an_axis_of_experts_or_heads_is_not_taken_for_the_sequence():
     assert "nothing says which" in reasons(sink, "notes")["layers.0.h/forward/output"]
 
 
+def test_of_tensors_by_hand_nobody_knows_which_piece_rank_zero_has():
+    capture = prepared("layers.0", moe=True, manual=["layers.0.attn/forward/probs"])
+    values = [torch.rand(1, 8, 4), torch.rand(1, 1, 3, 3), torch.zeros(2, 3, 2)]
+    sink = handed_out(capture, values=values, tp_degree=4)
+    probs, index = "layers.0.attn/forward/probs", "layers.0.mlp.router/forward/expert_index"
+    for name in (probs, index):
+        assert sink.find(name)[0][0].placement.unknown
+        assert handed_out(capture, values=values).find(name)[0][0].placement is None
+
+
+def test_padding_of_tensors_by_hand_is_cut_or_said():
+    capture = prepared("layers.0", moe=True, manual=["a/forward/x", "b/forward/probs"])
+    values = [torch.rand(1, 8, 4), torch.rand(1, 8, 3), torch.rand(1, 2, 8, 8)]
+    sink = handed_out(capture, values=[*values, torch.zeros(2, 8, 2)])
+    [(record, payload)] = sink.find("a/forward/x")
+    assert torch.equal(payload, values[1][:, :5])
+    assert record.placement.valid == {1: 5}
+    for name in ("b/forward/probs", "layers.1.mlp.router/forward/expert_index"):
+        assert sink.find(name)[0][0].placement.unknown
+        assert "padded to the bucket" in reasons(sink, "notes")[name]
+
+
+def test_what_is_summed_over_ranks_is_whole():
+    paths = ["layers.0.self_attn.o_proj", "layers.0.mlp.down_proj"]
+    capture = prepared("layers.0.attn.out", "layers.0.mlp.down", modules=paths)
+    for options, segments in (({}, None), ({"sequence_parallel_enabled": True}, {1: ((0, 2),)})):
+        width = 2 if options else 8
+        for record in handed_out(capture, width=width, tp_degree=4, **options).records:
+            assert not record.placement.unknown
+            assert (record.placement.segments or None) == segments
+
+
+def test_with_context_parallelism_the_input_of_attention_is_not_its_output():
+    """`attn_input_hidden_states` comes first by the alphabet, and is as wide as the model."""
+    config = SimpleNamespace(num_hidden_layers=1, model_type="llama4", hidden_size=4)
+    select = "layers.0.attn/forward/output,embed/forward/output"
+    capture = traced.prepare(config, select, modules=["embed_tokens", "layers.0.self_attn"])
+    sink = handed_out(capture, cp_degree=2, tp_degree=2)
+    assert "layers.0.attn/forward/output" in reasons(sink)
+
+
+def test_tokens_of_interleaved_requests_are_said():
+    sink = tensortap.MemorySink()
+    with prepared("layers.0").hook(sink) as hook:
+        for request, (inputs, length) in ((0, (PROMPT, 8)), (1, (PROMPT, 8)), (0, (TOKEN, 1))):
+            hook.inputs(app(), [*inputs[:3], torch.tensor([request]), None])
+            hook(app(), [torch.rand(1, length, 4)])
+    assert "requests are interleaved" in reasons(sink, "notes")["root"]
+    assert [record.native for record in sink.records][-1] == "layers.0 (tkg)"
+
+
 def test_a_model_compiled_with_another_capture_stops_the_capture_and_nothing_else():
     hook = prepared().hook(tensortap.MemorySink())
     with pytest.warns(CaptureWarning, match="handed out 2 tensors where this capture asks for 5"):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tensortap.errors import ConfigError
+from tensortap.names import TensorName
 from tensortap.selection import Selection
 from tensortap.sinks import TensorSink
 from tensortap.store.disk import replace_file
@@ -140,7 +141,14 @@ class Capture:
                 f"{path} does not exist: the model was not compiled with a capture of tensortap. "
                 "Compile it again, without skip_compile."
             ) from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as failure:
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ) as failure:
             raise ConfigError(
                 f"{path} cannot be read ({type(failure).__name__}: {failure}); compile the model "
                 "again, without skip_compile."
@@ -199,13 +207,26 @@ class Capture:
 def _names(value: Any) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value.values()):
         raise ValueError(f"{value!r} does not give modules their names")
+    if len(set(value.values())) < len(value):
+        raise ValueError("two modules have one name")
+    for name in value.values():
+        _require_name(f"{name}/forward/output")
     return value
 
 
 def _texts(value: Any) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
         raise ValueError(f"{value!r} is not a list of names")
+    for text in value:
+        _require_name(text)
     return tuple(value)
+
+
+def _require_name(text: str) -> None:
+    try:
+        TensorName.parse(text)
+    except ConfigError as failure:
+        raise ValueError(str(failure)) from None
 
 
 def _lists_apart(title: str, here: tuple[str, ...], there: tuple[str, ...]) -> list[str]:

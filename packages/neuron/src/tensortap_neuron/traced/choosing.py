@@ -38,12 +38,14 @@ def prepare(
     for a NeuronConfig under which NxDI drops what is captured.
     """
     selection = Selection.parse(select)
+    by_hand = tuple(str(_forward(name)) for name in manual)
     found = describe(model_or_config, modules)
     if found.problem is not None:
         raise NotSupported(f"Nothing would be captured: {found.problem}.")
     names = names_of(found.modules)
     offered = {path: tuple(_offered(path, name, found)) for path, name in names.items()}
     chosen = [path for path in names if any(map(selection.matches, offered[path]))]
+    _require_apart(by_hand, names)
     experts = [str(expert_index(layer)) for layer in range(found.facts.layers)] if moe else []
     known = [name for some in offered.values() for name in some]
     _require_matches(selection, found, names, known, extra=[*manual, *experts])
@@ -56,10 +58,18 @@ def prepare(
         names={path: names[path] for path in chosen},
         select=selection.text,
         inputs=any(name.endswith("/input") for name in selected),
-        manual=tuple(str(_forward(name)) for name in manual),
+        manual=by_hand,
         moe=moe,
         facts=found.facts,
     )
+
+
+def _require_apart(manual: Sequence[str], names: dict[str, str]) -> None:
+    """Raise `ConfigError` where a name given by hand is another's: one moment has one of each."""
+    own = {f"{name}/forward/{word}" for name in names.values() for word in ("output", "input")}
+    for place, name in enumerate(manual):
+        if name in own or name in manual[:place]:
+            raise ConfigError(f"manual: {name} is the name of another tensor; choose a new one.")
 
 
 def _offered(path: str, name: str, found: Described) -> Iterator[str]:
@@ -103,6 +113,11 @@ def _hint(pattern: str, names: dict[str, str], found: Described) -> str:
         return (
             " Of what attention returns NxDI hands out cos_cache, the first by the alphabet; what "
             "other frameworks call its output is that of attn.out."
+        )
+    if pattern.startswith("lm_head") and "lm_head" not in found.modules:
+        return (
+            " NxD cannot hand out logits of a vocabulary that tp_degree does not divide: it fails "
+            "when it cuts the padding of all ranks off the piece of one."
         )
     said = ""
     for native, name in _renamed(names).items():

@@ -61,10 +61,21 @@ class Facts:
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Facts:
         """Inverse of `to_json`; raises `ValueError`, `TypeError` or `KeyError`."""
+        plain = {word: content[word] for word in _PLAIN}
+        for word, value in plain.items():
+            if not _is_like(getattr(cls(), word), value):
+                raise ValueError(f"{word} is {value!r}")
         return cls(
-            **{word: content[word] for word in _PLAIN},
+            **plain,
             lies={path: Lies.from_json(said) for path, said in content["lies"].items()},
         )
+
+
+def _is_like(default: Any, value: Any) -> bool:
+    """Can it stand where this default does? Numbers are no less than it."""
+    if default is None:
+        return value is None or isinstance(value, dict)
+    return type(value) is type(default) and (type(default) is not int or value >= default)
 
 
 FLAGS = {
@@ -118,9 +129,23 @@ def describe(model_or_config: Any, modules: Any = None) -> Described:
         )
     neuron = getattr(config, "neuron_config", None)
     facts = _facts(model, config, neuron, listed, live=live)
+    if _head_fails(config, neuron):
+        listed = tuple(path for path in listed if path != "lm_head")
     known = facts.model_type in _KNOWN and not live
     attention = frozenset(path for path in listed if is_attention(path)) if known else frozenset()
     return Described(listed, complete, facts, attention, problem(neuron))
+
+
+def _head_fails(config: Any, neuron: Any) -> bool:
+    """Does NxD fail on capturing the logits, as the vocabulary is padded to divide over ranks?
+
+    They are divided when tokens are sampled on the device, and `TensorRegistry.register_tensor`
+    cuts the padding of all of the vocabulary off the piece of one rank.
+    """
+    vocabulary, tp = (
+        getattr(of, word, None) for of, word in ((config, "vocab_size"), (neuron, "tp_degree"))
+    )
+    return isinstance(vocabulary, int) and isinstance(tp, int) and vocabulary % max(tp, 1) > 0
 
 
 class _Read:
@@ -151,7 +176,10 @@ def _text(config: Any) -> Any:
 def _listed(modules: Any) -> Iterator[str]:
     """A list of paths, or NxDI's lists by submodel; each path once."""
     lists: Sequence[Any] = list(modules.values()) if isinstance(modules, Mapping) else [modules]
-    yield from dict.fromkeys(path for some in lists for path in some)
+    found = list(dict.fromkeys(path for some in lists for path in some))
+    if not all(isinstance(path, str) for path in found):
+        raise ConfigError("modules= lists the paths of modules as text, as NxDI does.")
+    yield from found
 
 
 def _available(model: nn.Module) -> tuple[str, ...]:

@@ -39,7 +39,8 @@ def fit(one: Came, forward: Forward, facts: Facts) -> Fitted | str:
     if isinstance(host, str):
         return host
     if not one.path:
-        return Fitted(one.name, host, device, _dims(one, host))
+        unknown = Placement(unknown=True) if facts.tp > 1 else None
+        return _cut_or_noted(Fitted(one.name, host, device, None, unknown), forward)
     plain = Fitted(name_of(one.name, forward, facts), host, device, _dims(one, host))
     return _placed(plain, one, forward, facts)
 
@@ -68,17 +69,26 @@ def _placed(plain: Fitted, one: Came, forward: Forward, facts: Facts) -> Fitted:
     shape = tuple(plain.tensor.shape)
     place = placement(one.path, side, shape, facts, prefill=prefill)
     fitted = replace(plain, placement=place)
-    valid = forward.valid
-    if valid is None:
+    if forward.valid is not None and place is not None and 1 in place.segments and len(shape) == 3:
+        return _cut_shard(fitted, place, forward.valid)
+    return _cut_or_noted(fitted, forward)
+
+
+def _cut_or_noted(fitted: Fitted, forward: Forward) -> Fitted:
+    """Cut the padding, or say that there is some where nothing tells in which axis it is."""
+    valid, bucket, place = forward.valid, forward.bucket, fitted.placement
+    if valid is None or bucket == valid:
         return fitted
-    if place is not None and 1 in place.segments and len(shape) == 3:
-        return _cut_shard(fitted, place, valid)
-    if _is_padded(plain, forward):
+    if _is_padded(fitted, forward):
         return _cut(fitted, valid)
-    if place is None and forward.bucket in shape[1:] and forward.bucket != valid and valid > 1:
-        note = "padded to the bucket: nothing says which of its axes is the sequence"
-        return replace(fitted, note=note, placement=Placement(unknown=True))
+    rows = forward.inputs.rows if forward.inputs is not None else 1
+    padded = bucket is not None and {bucket, bucket * rows} & set(fitted.tensor.shape)
+    if padded and valid > 1 and (place is None or place.unknown):
+        return replace(fitted, note=_PADDED, placement=Placement(unknown=True))
     return fitted
+
+
+_PADDED = "padded to the bucket: nothing says which of its axes is the sequence"
 
 
 def _is_padded(plain: Fitted, forward: Forward) -> bool:

@@ -7,7 +7,7 @@ step, its forward is microbatch 0, and every token generated after it is the nex
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -21,7 +21,8 @@ class Inputs:
     """What a forward was given, as far as the tensors it returns depend on it.
 
     `first`: it begins a prompt; the later chunks of one encode context as well. `lengths` are
-    the tokens of each row, where they are known and padding is on the right.
+    the tokens of each row, where they are known and padding is on the right. `requests` are the
+    sequence ids of the rows, where they are told.
     """
 
     kind: Kind
@@ -29,18 +30,23 @@ class Inputs:
     first: bool
     lengths: tuple[int, ...] | None = None
     left_padded: bool = False
+    requests: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """One forward of the compiled model."""
+    """One forward of the compiled model.
+
+    `mixed`: it makes tokens of other requests than those of the prompt before it.
+    """
 
     step: int
     microbatch: int
     kind: Kind
     inputs: Inputs | None
     bucket: int | None
-    """Length of the sequence it was compiled for, where a tensor of the residual stream tells."""
+    """Length of the prompt it was compiled for, where a tensor of the residual stream tells."""
+    mixed: bool = False
 
     @property
     def valid(self) -> int | None:
@@ -67,9 +73,15 @@ def read_inputs(given: Sequence[Any]) -> Inputs | None:
     with several tokens beyond it encodes more of one, whose length nothing tells. `None` when
     these are no tensors.
     """
-    ids, mask, positions = (*given, None, None, None)[:3]
+    ids, mask, positions, requests = (*given, None, None, None, None)[:4]
     if not isinstance(ids, torch.Tensor) or not isinstance(positions, torch.Tensor):
         return None
+    found = _from_positions(ids, mask, positions)
+    known = isinstance(requests, torch.Tensor)
+    return replace(found, requests=frozenset(requests.flatten().tolist())) if known else found
+
+
+def _from_positions(ids: torch.Tensor, mask: Any, positions: torch.Tensor) -> Inputs:
     rows = int(ids.shape[0])
     if int(positions.min()) != 0:
         return Inputs("cte" if ids.shape[-1] > 1 else "tkg", rows, first=False)
@@ -88,6 +100,7 @@ class Forwards:
         self._microbatch = 0
         self._announced: Inputs | None = None
         self._ended = False
+        self._requests: frozenset[int] = frozenset()
 
     def announce(self, given: Sequence[Any]) -> None:
         """The next forward has these inputs."""
@@ -104,9 +117,13 @@ class Forwards:
         first = inputs.first if inputs is not None else kind == "cte"
         if self.step < 0 or self._ended or first:
             self.step, self._microbatch, self._ended = self.step + 1, 0, False
+            self._requests = inputs.requests if inputs is not None else frozenset()
         else:
             self._microbatch += 1
-        return Forward(self.step, self._microbatch, kind, inputs, bucket)
+        mixed = inputs is not None and not inputs.requests <= self._requests
+        # A token's graph is compiled for the length of the cache, which no tensor here tells.
+        known = bucket if kind == "cte" else None
+        return Forward(self.step, self._microbatch, kind, inputs, known, mixed)
 
     def _guess(self, lengths: Sequence[int]) -> Kind:
         """Several positions at once are a prompt; so is what comes first, as NxDI has it."""

@@ -163,7 +163,7 @@ class TracedHook:
 
     @torch.no_grad()
     def _take(self, captured: Any) -> None:
-        came = sort_out(self.capture, captured, hidden=self._facts.hidden, wanted=self._wanted)
+        came = sort_out(self.capture, captured, self._facts, self._wanted)
         before = self._forwards.step
         forward = self._forwards.begin(*measured(came, self._facts))
         if forward.step != before and before in self.settings.steps and before >= 0:

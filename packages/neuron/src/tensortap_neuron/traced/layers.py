@@ -46,7 +46,9 @@ class Lies:
     def from_json(cls, fields: Mapping[str, Any]) -> Lies:
         """Inverse of `to_json`; raises `ValueError` for what no version wrote."""
         known = cls(**fields)
-        if not {known.output, known.input} <= set(get_args(Lie)):
+        numbers = (known.sequence, known.output_pad, known.input_pad, known.stride)
+        fine = all(type(number) is int and number >= 0 for number in numbers) and known.stride
+        if not fine or not {known.output, known.input} <= set(get_args(Lie)):
             raise ValueError(f"{dict(fields)} does not say how a tensor lies")
         return known
 

@@ -23,8 +23,8 @@ def on_stream(path: str, side: Side = "output") -> bool:
     words = name.split(".")
     if name in ("embed", "final_norm"):
         return True
-    if words[2:] == ["attn", "out"]:
-        return side == "output"  # The sum over ranks; what goes in are a rank's own heads.
+    if words[2:] in (["attn", "out"], ["mlp", "down"]):
+        return side == "output"  # The sum over ranks; what goes in is a rank's own piece.
     return words[0] == "layers" and (
         len(words) == 2 or (len(words) == 3 and words[2] in _STREAM | _REDUCED)
     )

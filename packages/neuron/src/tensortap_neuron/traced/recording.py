@@ -25,6 +25,10 @@ _CHUNK = (
     "prompts are encoded in chunks, or after a cached prefix: each is a microbatch of the step "
     "before it, and the padding of its bucket is not cut. Call hook.step() between prompts"
 )
+_MIXED = (
+    "requests are interleaved: a forward that makes tokens of several, or of an earlier one, is a "
+    "microbatch of the last prompt's step. One request at a time compares best"
+)
 _LEFT = "prompts are padded on the left: the padding is not cut"
 
 
@@ -88,6 +92,8 @@ def _split(path: str, length: int, facts: Facts) -> bool:
 def remark(forward: Forward) -> str | None:
     """What could not be known of the padding of a forward, or cannot be cut."""
     inputs = forward.inputs
+    if forward.mixed:
+        return _MIXED
     if forward.kind != "cte":
         return None
     if inputs is None:

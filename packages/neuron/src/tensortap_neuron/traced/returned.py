@@ -20,6 +20,7 @@ import torch
 from tensortap.errors import CaptureError
 from tensortap.names import TensorName, escape
 from tensortap_neuron.traced.capture import Capture
+from tensortap_neuron.traced.described import Facts
 from tensortap_neuron.traced.naming import expert_index, is_attention
 
 _FIRST = {
@@ -45,22 +46,22 @@ class Came:
 
 
 def sort_out(
-    capture: Capture, captured: Any, *, hidden: int, wanted: Callable[[TensorName], bool]
+    capture: Capture, captured: Any, facts: Facts, wanted: Callable[[TensorName], bool]
 ) -> list[Came]:
     """Name everything in a list of NxDI or a dictionary of NxD.
 
-    `hidden` is the width of the residual stream, 0 where nobody knows; `wanted` says which names
-    are selected. Raises `CaptureError` when the list is not what this capture was compiled to:
-    then no tensor of it can be trusted to be the one its place says.
+    `facts` are those of the model that runs; `wanted` says which names are selected. Raises
+    `CaptureError` when the list is not what this capture was compiled to: then no tensor of it
+    can be trusted to be the one its place says.
     """
     if isinstance(captured, Mapping):
         return list(_from_registry(capture, captured, wanted))
     if not isinstance(captured, Sequence):
         raise CaptureError(f"captured tensors came as {type(captured).__name__}, not as a list.")
-    return list(_from_list(capture, captured, hidden))
+    return list(_from_list(capture, captured, facts))
 
 
-def _from_list(capture: Capture, captured: Sequence[Any], hidden: int) -> Iterator[Came]:
+def _from_list(capture: Capture, captured: Sequence[Any], facts: Facts) -> Iterator[Came]:
     words = ("output", "input") if capture.inputs else ("output",)
     names = capture.names
     slots = [(path, word) for path in capture.modules for word in words]
@@ -74,7 +75,7 @@ def _from_list(capture: Capture, captured: Sequence[Any], hidden: int) -> Iterat
         )
     for (path, word), value in zip(slots, captured, strict=False):
         name = TensorName(names[path], "forward", word)
-        yield Came(path, name, value, _why_not(path, word, value, hidden))
+        yield Came(path, name, value, _why_not(path, word, value, facts))
     yield from _by_hand(capture, captured[len(slots) :])
 
 
@@ -85,19 +86,27 @@ _NOT_CALLED = (
 _NOT_REGISTERED = "missing: NaN came back, as register_tensor was not called in this bucket"
 
 
-def _why_not(path: str, word: str, value: Any, hidden: int) -> str | None:
+def _why_not(path: str, word: str, value: Any, facts: Facts) -> str | None:
     """Why a tensor of NxDI's list is not the first output or input of its module."""
     if not isinstance(value, torch.Tensor):
         return None
     if value.dim() <= 1:  # Batch and sequence are two axes: no module of a model has fewer.
         return _NOT_CALLED
-    if word == "output" and is_attention(path) and value.shape[-1] != hidden:
+    if word == "output" and is_attention(path) and not _may_be_output(value, facts):
         return (
             f"missing: a tensor of shape {tuple(value.shape)} came back for it. Attention returns "
-            "several by name, and NxDI hands out the first by the alphabet, cos_cache; nothing "
-            "says that this is hidden_states. Capture the projection at its end, attn.out"
+            "several by name, and NxDI hands out the first by the alphabet, mostly cos_cache; "
+            "nothing says that this is hidden_states. Capture the projection at its end, attn.out"
         )
     return None
+
+
+def _may_be_output(value: torch.Tensor, facts: Facts) -> bool:
+    """Is it as wide as the model? With context parallelism attention's input is, and comes first.
+
+    (`attn_input_hidden_states` of chunked_attention_with_context_parallel_forward.)
+    """
+    return value.shape[-1] == facts.hidden and not facts.context_parallel
 
 
 def _all_nan(value: Any) -> bool:
