@@ -217,3 +217,43 @@ def test_patterns_that_match_nothing_and_files_that_were_written_are_named(cli, 
     assert code == 0
     assert "the pattern 'nope.*' matches nothing in" in error
     assert f"wrote {tmp_path / 'd.json'}" in error
+
+
+def test_the_most_changed_layer_comes_first_and_columns_say_what_they_are(
+    cli: Cli, checkpoints: list[Path]
+) -> None:
+    for some in (checkpoints[:2], checkpoints):
+        lines = cli(*some, "--limit", "1")[1].splitlines()
+        heading = next(at for at, line in enumerate(lines) if line.strip().startswith("layer"))
+        assert "layers.1.mlp" in lines[heading + 1]
+        assert "change" in lines[heading]
+    for name in ("step1", "step2", "step3"):
+        assert f"change to {name}" in lines[heading]
+    assert "norm, last / first" in lines[heading]
+
+
+def test_the_way_back_to_health_is_no_second_accident(cli: Cli, tmp_path: Path) -> None:
+    good = {f"layers.{n}.q.weight": torch.randn(32, 32) / 6 for n in range(5)}
+    paths = [tmp_path / f"step{n}.safetensors" for n in range(3)]
+    moved = {name: one + 0.01 * torch.randn_like(one) for name, one in good.items()}
+    sick = moved | {"layers.2.q.weight": moved["layers.2.q.weight"] * 50}
+    for path, state in zip(paths, (good, sick, moved), strict=True):
+        save_file(state, path)
+    document = json.loads(cli(*paths, "--json")[1])
+    first, second = (step["alerts"] for step in document["steps"])
+    assert [(one["rule"], one["severity"]) for one in first] == [("explosion", "critical")]
+    assert [(one["rule"], one["severity"]) for one in second] == [("return", "info")]
+    assert "before the last step" in second[0]["cause"]
+    [alone] = json.loads(cli(*paths[1:], "--json")[1])["steps"][0]["alerts"]
+    assert (alone["rule"], alone["severity"]) == ("vanishing", "warning")
+    assert "it was large, and is of a usual size now" in alone["cause"]
+
+
+def test_checkpoints_without_a_shape_in_common_are_an_error(cli: Cli, tmp_path: Path) -> None:
+    for side in (4, 8):
+        state = {"q.weight": torch.randn(side, side), "k.weight": torch.randn(side, side)}
+        save_file(state, tmp_path / f"{side}.safetensors")
+    code, _, error = cli(tmp_path / "4.safetensors", tmp_path / "8.safetensors")
+    assert code == 2
+    assert "can be compared with" in error
+    assert "was 4x4 and is 8x8 (and 1 more); are they of one model?" in error

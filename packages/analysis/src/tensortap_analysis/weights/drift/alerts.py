@@ -62,13 +62,13 @@ def alerts(drift: Drift, preset: str = "default", thresholds: Limits | None = No
         changed = _among_peers(drift.layers, limits["peers"])
         apart += [issue for issue in changed if issue.layer not in told]
         found = _as_one(found, drift.layers)
-    return _ranked(_worst_of_each([*found, *apart]))
+    return ranked(_worst_of_each([*found, *apart]))
 
 
 def _worst_of_each(found: Iterable[Issue]) -> list[Issue]:
     """One explosion by layer: it may be one by its size and one among its peers."""
     worst: dict[tuple[str, str], Issue] = {}
-    for issue in _ranked(found):
+    for issue in ranked(found):
         what = issue.rule if issue.rule == "explosion" else issue.cause
         worst.setdefault((issue.layer, what), issue)
     return list(worst.values())
@@ -92,7 +92,7 @@ def overall_alerts(
         issue for layer, way in ways.items() for issue in norm_issues(layer, way, limits)
         if issue.rule != "began" and _unlike(way["l2_norm_ratio"], usual, limits["ratio"])
     ]  # fmt: skip
-    return _ranked(found)
+    return ranked(found)
 
 
 def _usual_ratio(ways: Iterable[Row]) -> float:
@@ -114,7 +114,8 @@ def together(issues: Iterable[Issue]) -> list[tuple[Issue, int]]:
     return [(some[0], len(some) - 1) for some in groups.values()]
 
 
-def _ranked(found: Iterable[Issue]) -> list[Issue]:
+def ranked(found: Iterable[Issue]) -> list[Issue]:
+    """The most severe first, then those farthest beyond their limit."""
     return sorted(found, key=lambda issue: (SEVERITIES.index(issue.severity), -issue.excess))
 
 
@@ -191,10 +192,10 @@ def _stalled(row: Row, limit: float) -> bool:
 def _not_finite(layer: str, row: Row) -> Issue:
     after, before = row["not_finite_after"], row["not_finite_before"]
     if not after:
-        cause = f"It held {before:,} NaN or infinite: how far it went cannot be told."
+        cause = f"It held {before:,} NaN or infinite values: how far it went cannot be told."
         return Issue(layer, "not finite", "info", cause, "Are the checkpoints in their order?",
                      before, 0.0)  # fmt: skip
-    cause = f"{_count(after)} NaN or infinite; {before or 'none'} before."
+    cause = f"{_count(after)} NaN or infinite; {f'{before:,}' if before else 'none'} before."
     return Issue(layer, "not finite", "critical", cause, STOP, after, 0.0, math.inf)
 
 

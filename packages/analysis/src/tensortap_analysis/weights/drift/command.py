@@ -25,9 +25,10 @@ from tensortap_analysis.weights.command.arguments import (
     unmatched,
 )
 from tensortap_analysis.weights.command.tables import shown, skipped_lines
-from tensortap_analysis.weights.drift.alerts import alerts, limits_of_preset, overall_alerts
+from tensortap_analysis.weights.drift.alerts import limits_of_preset, overall_alerts
 from tensortap_analysis.weights.drift.document import check_replaced, document, save
 from tensortap_analysis.weights.drift.notices import notices
+from tensortap_analysis.weights.drift.returning import alerts_of_steps
 from tensortap_analysis.weights.drift.tables import alert_lines, change_table, trend_table
 from tensortap_analysis.weights.drift.tracking import Drift, track
 from tensortap_analysis.weights.health import SEVERITIES, Issue
@@ -83,7 +84,7 @@ def diff_weights(
         steps = track(
             scopes, select=select, parallel=parallel, spectral=spectral, progress=progress
         )
-    issues = [alerts(step, preset, limits) for step in steps]
+    issues = alerts_of_steps(steps, preset, limits)
     issues.append(overall_alerts(steps, preset, limits))
     _write(steps, issues, plot, html, output)
     if as_json:

@@ -21,6 +21,7 @@ STOP = "Stop, go back to the checkpoint before, lower the learning rate tenfold,
 WATCH = "Watch the learning rate and the gradient norm of these steps."
 _BEGAN = "Biases, the second factor of a LoRA and new heads do so in their first steps."
 _GONE = "Was it reset, or are the checkpoints in another order? Else go back to the one before."
+_RECOVERED = "Was the checkpoint before sick? Then this is its recovery; else watch this step."
 _VECTORS = ("vector", "table")
 _OF_A_VECTOR, _OF_A_MATRIX = 0.1, 0.01
 """Sizes below which a weight has hardly begun: a bias beside activations of 1, and a matrix whose
@@ -71,6 +72,9 @@ def _changed(layer: str, row: Row, ratio: float, limits: Limits, classic: bool) 
     far = ratio if grew else 1 / ratio
     severe = far > limits["explosion"]
     limit = limits["explosion" if severe else "ratio"]
+    if severe and not grew and not classic and _from_large(row, limits["large"]):
+        yield _shrunk(layer, row, ratio)
+        return
     ordinary = grew and not severe and not classic and row["size_after"] <= limits["large"]
     if far > limit and not ordinary:
         severity: Severity = "warning" if not severe else "critical" if grew else vanishing
@@ -78,6 +82,20 @@ def _changed(layer: str, row: Row, ratio: float, limits: Limits, classic: bool) 
         word, remedy = "explosion" if grew else "vanishing", STOP if severe else WATCH
         yield Issue(layer, word, severity, f"{cause}{_norms(row)}.", remedy, ratio, limit,
                     far / limit)  # fmt: skip
+
+
+def _from_large(row: Row, large: float) -> bool:
+    """Was it larger than layers are, and is it of a usual size now?"""
+    before, after = row["size_before"], row["size_after"]
+    return bool(before and after and before > large and after >= _nothing(row))
+
+
+def _shrunk(layer: str, row: Row, ratio: float) -> Issue:
+    cause = (
+        f"{_whose(row)} is {ratio:.3g} times what it was{_norms(row)}: it was large, and is of a "
+        "usual size now."
+    )
+    return Issue(layer, "vanishing", "warning", cause, _RECOVERED, ratio, None, 1 / ratio)
 
 
 def _gone(layer: str, row: Row, severity: Severity) -> Issue:

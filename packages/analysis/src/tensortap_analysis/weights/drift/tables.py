@@ -11,7 +11,7 @@ from rich.table import Table
 from tensortap_analysis.weights.command.tables import general, issue_line, shown
 from tensortap_analysis.weights.drift.alerts import together
 from tensortap_analysis.weights.drift.tracking import Drift
-from tensortap_analysis.weights.drift.trend import layers_of
+from tensortap_analysis.weights.drift.trend import checkpoint_names, layers_of, most_changed
 from tensortap_analysis.weights.health import Issue
 
 _TIMES = 10.0
@@ -36,9 +36,10 @@ _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
 
 
 def change_table(drift: Drift, limit: int) -> Table:
-    """A row for each weight, in the order of the checkpoint; `~` marks what is unresolved."""
+    """A row for each weight, the most changed first; `~` marks what is unresolved."""
     table = _table(("layer", "shape"))
-    rows = list(drift.layers.items())[: limit or None]
+    ranked = most_changed([drift], list(drift.layers))[: limit or None]
+    rows = [(layer, drift.layers[layer]) for layer in ranked]
     there = [one for one in _COLUMNS if any(one[1] in row for _, row in rows)]
     for heading, *_ in there:
         table.add_column(heading, justify="right", no_wrap=True)
@@ -49,12 +50,15 @@ def change_table(drift: Drift, limit: int) -> Table:
 
 
 def trend_table(steps: Sequence[Drift], limit: int) -> Table:
-    """The relative change of each weight at each step, and its norm at the end over the first."""
+    """The relative change of each weight at each step, and its norm at the end over the first.
+
+    The most changed comes first.
+    """
     table = _table(("layer",))
-    for step in range(len(steps)):
-        table.add_column(f"{step + 1}", justify="right", no_wrap=True)
-    table.add_column("norm in all", justify="right", no_wrap=True)
-    layers = layers_of(steps)
+    for name in checkpoint_names(steps)[1:]:
+        table.add_column(f"change to {shown(name)}", justify="right", no_wrap=True)
+    table.add_column("norm, last / first", justify="right", no_wrap=True)
+    layers = most_changed(steps, layers_of(steps))
     for layer in layers[: limit or None]:
         rows = [step.layers.get(layer, {}) for step in steps]
         cells = [_cell(row, "relative_change", _percent) for row in rows]
