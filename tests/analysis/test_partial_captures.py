@@ -7,6 +7,7 @@ import torch
 from tests.analysis.small_runs import PlainMlp, capture, capture_plain, llama, noisy_output
 
 from tensortap_analysis import compare
+from tensortap_analysis.comparison import tracing
 from tensortap_analysis.comparison.result import Comparison
 
 pytest.importorskip("transformers")
@@ -85,7 +86,10 @@ def test_a_run_that_lacks_the_inputs_says_which_are_missing(runs):
     [run] = compare(*pair).runs
     assert origins(run) == {"layers.3/forward/output": "unknown"}
     assert run.first_divergence.missing == ("layers.3/forward/input",)
-    assert "capture layers.3/forward/input in both runs" in str(run.first_divergence)
+    assert (
+        "; layers.3/forward/input would tell, and was not compared: capture it in both runs"
+        in str(run.first_divergence)
+    )
     [row] = [row for row in run.depth if row.layer == "layers.3"]
     assert (row.input, row.added) == (None, None)
 
@@ -153,3 +157,18 @@ def test_layers_are_known_by_the_one_before_them(tmp_path):
     assert origins(run) == {"layers.2/forward/output": "local"}
     [row] = [row for row in run.depth if row.layer == "layers.2"]
     assert row.added == pytest.approx(run.first_divergence.error)
+
+
+def test_what_was_not_looked_for_is_unknown_and_never_local(both, monkeypatch):
+    monkeypatch.setattr(tracing, "_MOST", 0)
+    [run] = compare(*both, select="layers.3/forward/output").runs
+    assert origins(run) == {"layers.3/forward/output": "unknown"}
+
+
+def test_of_many_steps_only_the_first_that_differ_are_looked_through(runs, monkeypatch):
+    monkeypatch.setattr(tracing, "_STEPS", 1)
+    pair = runs("ref-3", steps=3), runs("bad-3", steps=3, broken=BROKEN)
+    [run] = compare(*pair, select="layers.2/forward/output").runs
+    assert [found.pair.at.step for found in run.divergences] == [0, 1, 2]
+    assert {pair.at.step for pair in run.beside} == {0}
+    assert not run.local

@@ -168,11 +168,11 @@ def tensors(
     """
     rows = tensor_rows(run)
     if kind != "csv":
-        rows = [_without_rest(row) for row in _once(rows)]
+        rows = [without_rest(row) for row in _once(rows)]
     return _table(rows[: limit or None], kind, _TENSORS, _LEAST_OF_TENSORS, width)
 
 
-def _without_rest(row: Row) -> Row:
+def without_rest(row: Row) -> Row:
     """A row without what is said of the finite elements alone, where others differ."""
     return {**row, **dict.fromkeys(_OF_FINITE)} if row["nonfinite_mismatches"] else row
 

@@ -99,8 +99,10 @@ def _beside(found: Divergence) -> str:
 def _lacking(found: Divergence) -> str:
     """What would have to be compared to tell."""
     *more, last = found.missing[:3]
-    names = f"{', '.join(more)} and {last}" if more else last
-    return f"to tell, capture {names} in both runs: not compared"
+    if not more:
+        return f"{last} would tell, and was not compared: capture it in both runs"
+    names = f"{', '.join(more)} and {last}"
+    return f"{names} would tell, and were not compared: capture them in both runs"
 
 
 def divergences(

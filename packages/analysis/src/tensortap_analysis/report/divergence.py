@@ -193,6 +193,7 @@ def _words(run: RunComparison, label: str) -> Html:
     for title, lines in (
         ("Notes", list(run.notes)),
         ("Errors added there (local)", [str(found) for found in run.local]),
+        ("Inherited or added there, not told", [str(found) for found in run.unknown]),
         ("Abnormal", list(run.abnormal)),
         ("Jumps between layers", [str(change) for change in run.jumps]),
         *((_WHO[who], list(grouped(_rows(run, who)))) for who in _WHO),

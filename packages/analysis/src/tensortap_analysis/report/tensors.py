@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tensortap_analysis.comparison.result import Comparison
-from tensortap_analysis.comparison.tables import tensor_rows
+from tensortap_analysis.comparison.tables import tensor_rows, without_rest
 from tensortap_analysis.rendering import Row
 from tensortap_analysis.report.markup import Html, join, tag
 from tensortap_analysis.report.searching import Column, searched
@@ -20,7 +20,11 @@ _COMPARED: tuple[Column, ...] = (
     ("excess", "of limit", "Error in units of its limit: beyond from 1 on"),
     ("error", "relative L2", "|run - ref| / |ref|; of statistics, at least"),
     ("grade", "judged", "The judgement in words"),
-    ("origin", "origin", "Beyond its limit: was the error added here (local) or inherited?"),
+    (
+        "origin",
+        "origin",
+        "Beyond its limit: was the error added here (local), inherited, or unknown?",
+    ),
     ("max_abs", "max abs", "Largest difference"),
     ("mae", "MAE", "Mean absolute difference"),
     ("cosine", "cosine", "Cosine similarity"),
@@ -79,7 +83,7 @@ def _compared(found: Comparison, labels: dict[str, str], rows: int) -> tuple[int
     """All runs' tensors in one table, the farthest beyond their limits first."""
     picked: list[Row] = [
         {
-            **row,
+            **without_rest(row),
             "run": labels.get(row["run"], row["run"]),
             "when": row["when"].removeprefix(str(row["step"])).strip(),
             "dtypes": _dtypes(row),
