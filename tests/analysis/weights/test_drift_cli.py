@@ -237,7 +237,8 @@ def test_the_way_back_to_health_is_no_second_accident(cli: Cli, tmp_path: Path) 
     paths = [tmp_path / f"step{n}.safetensors" for n in range(3)]
     moved = {name: one + 0.01 * torch.randn_like(one) for name, one in good.items()}
     sick = moved | {"layers.2.q.weight": moved["layers.2.q.weight"] * 50}
-    for path, state in zip(paths, (good, sick, moved), strict=True):
+    healed = {name: one + 0.01 * torch.randn_like(one) for name, one in moved.items()}
+    for path, state in zip(paths, (good, sick, healed), strict=True):
         save_file(state, path)
     document = json.loads(cli(*paths, "--json")[1])
     first, second = (step["alerts"] for step in document["steps"])

@@ -195,7 +195,8 @@ def _not_finite(layer: str, row: Row) -> Issue:
         cause = f"It held {before:,} NaN or infinite values: how far it went cannot be told."
         return Issue(layer, "not finite", "info", cause, "Are the checkpoints in their order?",
                      before, 0.0)  # fmt: skip
-    cause = f"{_count(after)} NaN or infinite; {f'{before:,}' if before else 'none'} before."
+    earlier = f"{before:,}" if before else "none"
+    cause = f"{_count(after)} NaN or infinite; {earlier} before."
     return Issue(layer, "not finite", "critical", cause, STOP, after, 0.0, math.inf)
 
 

@@ -1,4 +1,4 @@
-"""Alerts over several steps: what went back to where it was is a recovery, and no second accident."""
+"""Alerts over several steps: what went back to where it was has recovered; it is no accident."""
 
 from __future__ import annotations
 
