@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from tests.analysis.small_runs import PlainMlp, capture, capture_plain, llama, noisy_output
@@ -172,3 +174,30 @@ def test_of_many_steps_only_the_first_that_differ_are_looked_through(runs, monke
     assert [found.pair.at.step for found in run.divergences] == [0, 1, 2]
     assert {pair.at.step for pair in run.beside} == {0}
     assert not run.local
+
+
+@pytest.mark.parametrize(
+    ("select", "broken"),
+    [
+        ("!*.up/*", "layers.1.mlp.up_proj"),
+        ("!layers.1.mlp.*", "layers.1.mlp.up_proj"),
+        ("*/forward/output", "layers.1.self_attn"),
+        ("!*/forward/context,!*.out/forward/input", "layers.1.self_attn"),
+    ],
+)
+def test_a_module_that_was_left_out_of_the_capture_makes_no_other_one_local(runs, select, broken):
+    word = "".join(letter for letter in select if letter.isalnum())
+    bad = [_other_values] if broken.endswith("attn") else [noisy_output(f"model.{broken}", 0.3)]
+    name = f"{word}-{broken.split('.')[-1]}"
+    pair = runs(f"ref-{name}", select=select), runs(f"bad-{name}", select=select, broken=bad)
+    [run] = compare(*pair).runs
+    assert run.divergences
+    assert not [found.name for found in run.local if ".down" in found.name or ".out/" in found.name]
+
+
+@contextmanager
+def _other_values(model):
+    """What attention makes of its values is wrong in one layer, between the modules."""
+    attention = model.model.layers[1].self_attn
+    attention.scaling *= 3
+    yield

@@ -195,3 +195,35 @@ def test_the_first_matching_rule_decides_the_values():
     ]
     same = ValueRules.parse("layers.0.*=full, layers.*=sample")
     assert same("layers.0.q/forward/x") == "full"
+
+
+@pytest.mark.parametrize(
+    ("patterns", "parent", "every"),
+    [
+        ("*", "layers.1.", True),
+        ("*/forward/output", "layers.1.", True),
+        ("layers.1.*", "layers.1.", True),
+        ("layers.1.*", "layers.2.", False),
+        ("layers.1.mlp.up", "layers.1.mlp.", False),
+        ("*,!*/param/*", "layers.1.", True),
+        ("*,!*/forward/input", "layers.1.", True),
+        ("*,!*.up/*", "layers.1.mlp.", False),
+        ("*,!layers.2.*", "layers.1.mlp.", True),
+        ("*,!layers.1.mlp.up", "layers.1.mlp.", False),
+        ("*,!layers.1.mlp.up", "layers.1.attn.", True),
+        ("!re:.*up.*", "layers.1.attn.", False),
+    ],
+)
+def test_a_selection_knows_whether_it_takes_every_module_inside_another(patterns, parent, every):
+    assert Selection.parse(patterns).takes_every(parent, "/forward/output") is every
+
+
+@given(st.text(alphabet="ab.*?/", min_size=1, max_size=8), st.sampled_from(["", "a.", "b.a."]))
+def test_no_word_is_left_out_where_every_one_is_taken(glob, parent):
+    try:
+        selection = Selection.parse(["*", f"!{glob}"])
+    except SelectionError:
+        return
+    if selection.takes_every(parent, "/b"):
+        for word in ("a", "b", "ab", "ba", "aa", "bb", "aba", "bab"):
+            assert selection.matches(f"{parent}{word}/b")

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 
 from tensortap.errors import ConfigError, SelectionError
 
+_ANY = "any_word"
+"""A word that no pattern means in particular."""
 _BRACKETS = {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}
 
 
@@ -48,6 +50,13 @@ class _Pattern:
         tails = (tokens[at:] for tokens in self.globs for at in _reached(tokens, prefix))
         return not self.globs or any("/" not in tail for tail in tails)
 
+    def may_match_word(self, prefix: str, suffix: str) -> bool:
+        """Could some word between these two match? A regular expression always might."""
+        return not self.globs or any(
+            len(tokens) in _reached(tokens, suffix, _past_word(tokens, _reached(tokens, prefix)))
+            for tokens in self.globs
+        )
+
     def must_match(self, prefix: str) -> bool:
         """Does every continuation of `prefix` match?"""
         tails = (tokens[at:] for tokens in self.globs for at in _reached(tokens, prefix))
@@ -71,9 +80,9 @@ def _tokens(glob: str) -> tuple[str, ...]:
     return tuple(re.findall(r"\[!?\]?[^\]]*\]|.", glob, flags=re.DOTALL))
 
 
-def _reached(tokens: tuple[str, ...], text: str) -> set[int]:
+def _reached(tokens: tuple[str, ...], text: str, start: Iterable[int] = (0,)) -> set[int]:
     """Positions in the glob after reading all of `text`: a small nondeterministic automaton."""
-    states = _through_stars(tokens, {0})
+    states = _through_stars(tokens, set(start))
     for character in text:
         moved = set()
         for state in states:
@@ -81,6 +90,15 @@ def _reached(tokens: tuple[str, ...], text: str) -> set[int]:
                 moved.add(state if tokens[state] == "*" else state + 1)
         states = _through_stars(tokens, moved)
     return states
+
+
+def _past_word(tokens: tuple[str, ...], states: set[int]) -> set[int]:
+    """Positions after any word, which has no slash."""
+    passed: set[int] = set()
+    for state in states:
+        end = next((at for at in range(state, len(tokens)) if tokens[at] == "/"), len(tokens))
+        passed.update(range(state, end + 1))
+    return passed
 
 
 def _through_stars(tokens: tuple[str, ...], states: set[int]) -> set[int]:
@@ -142,6 +160,16 @@ class Selection:
         if any(pattern.must_match(prefix) for pattern in self._exclude):
             return False
         return not self._include or any(pattern.may_match(prefix) for pattern in self._include)
+
+    def takes_every(self, prefix: str, suffix: str) -> bool:
+        """Is `prefix`, any word, `suffix` selected, whatever the word is?
+
+        Sure only of globs: a word that an including pattern means in particular says nothing.
+        """
+        if any(pattern.may_match_word(prefix, suffix) for pattern in self._exclude):
+            return False
+        word = f"{prefix}{_ANY}{suffix}"
+        return not self._include or any(pattern.matches(word) for pattern in self._include)
 
     def dead(self, names: Iterable[str], prefixes: Iterable[str]) -> list[str]:
         """Patterns that match none of `names` and no continuation of `prefixes`."""

@@ -12,9 +12,9 @@ from tensortap_analysis.captured.facts import RunFacts
 Covers = Callable[[str, str], bool]
 """Would whatever a module inside this one returned in this phase have been compared?"""
 
-_ANY = "any_module"
-"""A module that no pattern means in particular."""
 _RESULTS: Mapping[str, str] = {"forward": "output", "backward": "grad_input"}
+_OF_ATTENTION: Mapping[str, str] = {"forward": "context", "backward": "grad_query"}
+"""What the product of an attention returns, which is no module with an output."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +47,12 @@ class Scope:
 
 @lru_cache(maxsize=1 << 14)
 def _covers(select: str, parent: str, phase: str) -> bool:
-    module = f"{parent}.{_ANY}" if parent else _ANY
-    return _parsed(select).matches(f"{module}/{phase}/{_RESULTS[phase]}")
+    selection = _parsed(select)
+    if parent.rpartition(".")[2] == "attn":
+        core = f"{parent}.core/{phase}/{_OF_ATTENTION[phase]}"
+        if not selection.matches(core):
+            return False
+    return selection.takes_every(f"{parent}." if parent else "", f"/{phase}/{_RESULTS[phase]}")
 
 
 @lru_cache(maxsize=64)
