@@ -1,4 +1,5 @@
 import math
+import re
 
 import numpy as np
 import pytest
@@ -96,6 +97,16 @@ def test_classic_takes_10_for_a_single_value_that_is_not_finite(tmp_path, value)
     x[3, 5] = value
     score, issues = health_check(scanned(tmp_path, {"x": x}), "classic")
     assert (score, [issue.rule for issue in issues["critical"]]) == (90, ["not finite"])
+
+
+def test_classic_notes_a_rank_far_from_full_and_says_of_what(tmp_path):
+    low = torch.randn(256, 4) @ torch.randn(4, 256)
+    issues = health(scanned(tmp_path, {"low": low}), "classic").issues["info"]
+    [rank] = [issue for issue in issues if issue.rule == "rank"]
+    assert rank.cause.startswith("Its rank is 4 of 256:")
+    spike = torch.randn(256, 256) * 0.01 + torch.ones(256, 256)
+    [issue] = health(scanned(tmp_path, {"x": spike}), "classic").issues["info"]
+    assert re.match(r"Its stable rank is 1\.0, and its total rank \d+ of 256\.$", issue.cause)
 
 
 def test_classic_notes_dead_rows_however_many(tmp_path):

@@ -226,4 +226,4 @@ def test_in_a_small_model_a_layer_far_too_large_is_critical(tmp_path, layers):
 def test_what_has_too_few_peers_is_said(tmp_path):
     assert not report(tmp_path, matrices(4)).unjudged
     [sentence] = report(tmp_path, matrices(3)).unjudged
-    assert "mlp.up_proj and 2 more roles have fewer than 4 depths" in sentence
+    assert "fewer than 4 depths of mlp.up_proj and 2 more roles to compare sizes" in sentence

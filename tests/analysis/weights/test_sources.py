@@ -311,6 +311,12 @@ def test_class_tokens_and_tables_of_positions_are_no_stacks_of_experts(tmp_path)
     assert by_layer(tmp_path / "x.safetensors")["head"].kind == "linear"
 
 
+def test_a_stack_of_countless_empty_matrices_is_left_out(tmp_path):
+    state = {"x.weight": torch.ones(2, 2), "mlp.experts.w": torch.zeros(1 << 24, 0, 4)}
+    save_file(state, tmp_path / "x.safetensors")
+    assert reasons(tmp_path / "x.safetensors")["mlp.experts.w"] == "16777216 x 0 x 4 has no values"
+
+
 def test_integers_are_no_weights_and_say_so(tmp_path):
     state = {"position_ids": torch.arange(9), "lut": torch.ones(2, 2, dtype=torch.int8)}
     save_file({**state, "x.weight": torch.ones(2, 2)}, tmp_path / "x.safetensors")

@@ -29,7 +29,8 @@ is stored, which the classic rules judge, and is named there: `{"condition_numbe
 bfloat16, which resolves condition numbers up to 593"}`. A metric that cannot be computed (NaN, no
 element, zero divided by zero) is `None`, and is named there too. Expected metrics:
 
-    spectral      s_max s_min spectral_norm condition_number condition_number_at_least resolution
+    spectral      s_max s_min spectral_norm condition_number condition_number_at_least
+                  condition_number_alive (without vectors of zeros) resolution
                   stable_rank total_rank rank_tolerance effective_rank energy_rank_90
                   energy_rank_99 full_rank (= min(rows, columns))   [spectrum]
     quantization  extreme_outlier_percentage dynamic_range dynamic_range_rms kurtosis

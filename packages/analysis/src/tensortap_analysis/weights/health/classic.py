@@ -18,6 +18,7 @@ LIMITS: Mapping[str, float] = {
     "outliers_critical": 10.0,
     "outliers_warning": 1.0,
     "stable_ratio": 0.1,
+    "rank": 0.3,
     **peers.LIMITS,
     **gains.LIMITS,
     "dead": values.LIMITS["dead"],
@@ -74,11 +75,28 @@ def _redundancy(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
         if stable is None or not total or stable / total >= limits["stable_ratio"]:
             continue
         ratio = stable / total
-        cause = f"Its stable rank is {stable:.1f} of {total}."
+        full = layer.get("spectral", "full_rank")
+        of = f" of {full:,}" if full and full != total else ""
+        cause = f"Its stable rank is {stable:.1f}, and its total rank {total:,}{of}."
         remedy = "See what rank it needs: tensortap scan --recommend compress."
         limit = limits["stable_ratio"]
         yield Issue(layer.name, "redundancy", "info", cause, remedy, ratio, limit,
                     over(limit, ratio))  # fmt: skip
+
+
+def _rank(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
+    """The guide's overview of problems: an effective rank below 30 % is redundancy.
+
+    By the rank that the dtype can tell, for the stable rank of a low rank is not small beside it.
+    """
+    limit = limits["rank"]
+    for layer in layers:
+        rank, full = layer.get("spectral", "total_rank"), layer.get("spectral", "full_rank")
+        if rank and full and rank / full < limit:
+            cause = f"Its rank is {rank:,} of {full:,}: most of its directions carry nothing."
+            remedy = "See what rank it needs: tensortap scan --recommend compress."
+            yield Issue(layer.name, "rank", "info", cause, remedy, rank / full, limit,
+                        over(limit, rank / full))  # fmt: skip
 
 
 def _dead(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
@@ -93,5 +111,6 @@ RULES: Mapping[str, Rule] = {
     "condition": _condition,
     "outliers": _outliers,
     "redundancy": _redundancy,
+    "rank": _rank,
     "dead": _dead,
 }

@@ -76,16 +76,18 @@ def typical_condition(rows: int, columns: int) -> float:
 
 def _condition(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
     for layer in layers:
-        value = layer.get("spectral", "condition_number")
+        metric = "condition_number"
+        value = layer.get("spectral", metric)
         rows, columns = layer.get("sparsity", "rows"), layer.get("sparsity", "columns")
         if rows is None and len(layer.facts.shape) > 1:
             rows, columns = layer.facts.shape[-2:]
         if value is None or not rows or not columns or layer.zero:
             continue
         if _dead_alone(layer, value, limits):
-            continue
+            metric = "condition_number_alive"
+            value = layer.get("spectral", metric) or 0.0
         limit = limits["condition_ratio"] * typical_condition(rows, columns)
-        if value > limit and layer.unresolved("spectral", "condition_number") is None:
+        if value > limit and layer.unresolved("spectral", metric) is None:
             cause = (
                 f"Its condition number is {value:.3g}, and {typical_condition(rows, columns):.3g} "
                 "is typical of its shape: some directions all but vanish in it."
@@ -132,9 +134,13 @@ def _blocks(layer: Layer, limit: float) -> str:
     """What to keep it in: a format with small blocks only where one was found to be better."""
     kept: Mapping[str, float | None] = layer.get("quantization", "formats") or {}
     better = [n for n, db in kept.items() if db is not None and db >= limit and n not in _WIDE]
+    if not kept:
+        return "Keep it in bfloat16, or scan it with --formats for one with small blocks."
     if better:
-        return f"Of the formats measured {', '.join(better)} leave more; else keep it in bfloat16."
-    return "None of the formats measured leaves more: keep it in bfloat16."
+        return (
+            f"Of the formats measured {', '.join(better)} leave enough; else keep it in bfloat16."
+        )
+    return "None of the formats measured leaves enough: keep it in bfloat16."
 
 
 def _tensor_sqnr(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:

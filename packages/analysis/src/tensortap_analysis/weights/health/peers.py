@@ -120,11 +120,16 @@ def unjudged(layers: Sequence[Layer]) -> list[str]:
     if not lonely:
         return []
     roles = list(dict.fromkeys(layer.role for layer in lonely))
-    more = f" and {len(roles) - 1:,} more roles have" if len(roles) > 1 else " has"
+    more = "" if len(roles) == 1 else f" and {_counted(len(roles) - 1)}"
     return [
-        f"Sizes of {roles[0]}{more} fewer than {FEWEST} depths to compare: judged by what their "
-        "outputs are for independent inputs, and only where that is far from all others."
+        f"There are fewer than {FEWEST} depths of {roles[0]}{more} to compare sizes: judged by "
+        "what their outputs are for independent inputs, and only where that is far from all others."
     ]
+
+
+def _counted(roles: int) -> str:
+    """`1 more role`, `2 more roles`."""
+    return f"{roles:,} more role{'s'[: roles != 1]}"
 
 
 def _unlike(layer: Layer, size: float, usual: float, limit: float, limits: Limits) -> Issue:

@@ -60,6 +60,8 @@ def largest(layer: Layer) -> Largest | None:
     of = f" of expert {indices.pop(0):,}" if layer.facts.kind == "experts" else ""
     if layer.facts.kind == "vector":
         indices = indices[1:]
+    if layer.facts.stored == "in out":
+        indices.reverse()  # As a user finds it in the tensor that is stored.
     # In units of the norm: squares of what float64 can hold may be none.
     share = max(0.0, 1 - (size / l2) ** 2) / max(layer.facts.numel - 1, 1)
     times = size / l2 / math.sqrt(share) if share else math.inf

@@ -61,7 +61,9 @@ def dead(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
             continue
         for what, axis in (("dead_rows", "rows"), ("dead_columns", "columns")):
             count, of = layer.get("sparsity", what), layer.get("sparsity", axis)
-            if count and of:
+            # Those of dead experts are told with them.
+            count = (count or 0) - (layer.get("sparsity", "dead_experts") or 0) * (of or 0)
+            if count > 0 and of:
                 yield _dead_issue(layer, what, count, of * layer.count, limits["dead"])
 
 
@@ -78,7 +80,7 @@ def _dead_issue(layer: Layer, what: str, count: int, of: int, limit: float) -> I
     else:
         means = "outputs that are always the bias"
         remedy = "Prune them with the columns that read them, or lower the learning rate earlier."
-    at = where(layer, "sparsity", what, count)
+    at = "" if layer.get("sparsity", "dead_experts") else where(layer, "sparsity", what, count)
     cause = f"{count:,} of {of:,} {what.removeprefix('dead_')} are all 0{at}: {means}."
     return Issue(layer.name, rule, severity, cause, remedy, share, limit, over(share, limit))
 

@@ -17,8 +17,8 @@ from tensortap_analysis.weights.options import Options
 Doubles = npt.NDArray[np.float64]
 _METRICS = (
     "s_max", "s_min", "spectral_norm", "condition_number", "condition_number_at_least",
-    "resolution", "stable_rank", "total_rank", "rank_tolerance", "effective_rank",
-    "energy_rank_90", "energy_rank_99", "rank_errors",
+    "condition_number_alive", "resolution", "stable_rank", "total_rank", "rank_tolerance",
+    "effective_rank", "energy_rank_90", "energy_rank_99", "rank_errors",
 )  # fmt: skip
 
 
@@ -27,7 +27,8 @@ def spectral(facts: Facts, options: Options) -> dict[str, Any]:
 
     `resolution` is how far the stored dtype's rounding moves singular values. A condition number
     s_max / s_min is resolved where s_min is larger than that; it is at least
-    `condition_number_at_least` either way. `total_rank` counts singular values above
+    `condition_number_at_least` either way; `condition_number_alive` leaves out vectors of zeros,
+    which make any matrix singular. `total_rank` counts singular values above
     `rank_tolerance`, which is the resolution, and of matrices that were computed in 32 or 16 bits
     at least numpy's default tolerance for float32. `stable_rank`: ||W||_F^2 / s_max^2.
     `effective_rank`: exp(entropy) of the singular values over their sum (Roy and Vetterli, The
@@ -56,13 +57,15 @@ def spectral(facts: Facts, options: Options) -> dict[str, Any]:
 
 def _conditioning(found: Spectrum, reach: float, facts: Facts) -> dict[str, Any]:
     largest, smallest = float(found.values[0]), float(found.values[-1])
+    alive = float(found.values[len(found.values) - found.dead - 1])
     unresolved = {}
+    if alive < reach:
+        unresolved["condition_number_alive"] = _resolves(largest, reach, facts)
     # A vector of zeros was not rounded to them: what it makes singular is known to be.
     if smallest < reach and not found.dead:
         dtype = str(facts.dtype).removeprefix("torch.")
-        unresolved = {
-            "condition_number": f"stored in {dtype}, which resolves condition numbers up to "
-            f"{largest / reach:.3g}",
+        unresolved |= {
+            "condition_number": _resolves(largest, reach, facts),
             "s_min": f"stored in {dtype}, whose rounding alone moves singular values by "
             f"{reach / facts.unit:.3g}",
         }
@@ -75,9 +78,15 @@ def _conditioning(found: Spectrum, reach: float, facts: Facts) -> dict[str, Any]
         **ends,
         "condition_number": largest / smallest if smallest else math.inf,
         "condition_number_at_least": _at_least(found, reach),
+        "condition_number_alive": largest / alive if alive else math.inf,
         "resolution": reach / facts.unit,
         "unresolved": overflown(ends) | unresolved,
     }
+
+
+def _resolves(largest: float, reach: float, facts: Facts) -> str:
+    dtype = str(facts.dtype).removeprefix("torch.")
+    return f"stored in {dtype}, which resolves condition numbers up to {largest / reach:.3g}"
 
 
 def _at_least(found: Spectrum, reach: float) -> float:
@@ -119,8 +128,8 @@ def _of_zeros(reason: str) -> dict[str, Any]:
     )
     counts = dict.fromkeys(("total_rank", "energy_rank_90", "energy_rank_99"), 0)
     ratios = (
-        "condition_number", "condition_number_at_least", "stable_rank", "effective_rank",
-        "rank_errors",
+        "condition_number", "condition_number_at_least", "condition_number_alive",
+        "stable_rank", "effective_rank", "rank_errors",
     )  # fmt: skip
     return lengths | counts | nothing(ratios, reason)
 

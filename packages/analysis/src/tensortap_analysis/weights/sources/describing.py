@@ -11,6 +11,7 @@ from tensortap_analysis.weights.sources.source import Entry, Listing, Skipped
 from tensortap_analysis.weights.sources.turning import turned as turned_of
 from tensortap_analysis.weights.weight import Weight
 
+_LONGEST_STACK = 1 << 16
 _LONGEST_SIDE = 1 << 24
 """Metrics of columns take memory by their number; a shape of no values can claim any."""
 
@@ -39,7 +40,8 @@ def _no_weight(entry: Entry) -> str | None:
     """Why these are not the values of a weight; `None` where they are."""
     if entry.dtype is None:
         return f"stored as {entry.stored or 'an unknown dtype'}, which torch does not have"
-    if not entry.numel and max(entry.shape) > _LONGEST_SIDE:
+    stack = len(entry.shape) > 2 and entry.shape[0] > _LONGEST_STACK
+    if not entry.numel and (stack or max(entry.shape) > _LONGEST_SIDE):
         return f"{' x '.join(map(str, entry.shape))} has no values"
     if entry.decoded:
         return None
