@@ -2,9 +2,11 @@
 
 python examples/weights/before_release.py path/to/model --out release [--sqnr 30]
 
-Works on any folder or file that `tensortap scan` reads, a few tensors at a time. The quantised copy
-holds the values that the chosen formats leave, in the dtype of the model, so that everything that
-loads the model can try them. Exit code 1: something critical, before or after.
+Works on any folder or file that `tensortap scan` reads, a few tensors at a time. The quantised
+copy holds the values that the chosen formats leave, in the dtype of the model (in bfloat16, where
+that was stored quantised), so that everything that loads the model can try them. It has the
+weights alone: buffers of integers are left out, and tied names, which Hugging Face models make
+anew. Exit code 1: something critical, before or after.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ def main() -> int:
     plan = quant_plan(before, sqnr_db=options.sqnr)
     (options.out / "quantization.json").write_text(json.dumps(plan.to_json(), indent=1))
     chosen = {layer: name for name, layers in plan.by_format().items() for layer in layers}
-    print(f"{len(chosen)} layers are quantised, to {plan.bits:.2f} bits a value on the average")
+    bits = "" if plan.bits is None else f", to {plan.bits:.2f} bits a value on the average"
+    print(f"{len(chosen)} layers are quantised{bits}")
 
     copy = options.out / "quantised"
     write(scope, chosen, copy)
@@ -90,6 +93,12 @@ def beside(model: Path, folder: Path) -> None:
     for path in sorted(model.glob("*")) if model.is_dir() else ():
         if path.suffix in (".json", ".txt", ".model") and not path.name.endswith(".index.json"):
             shutil.copy(path, folder / path.name)
+    config = folder / "config.json"
+    if config.exists():
+        # The copy holds values: with the original's codes described, it would be read as those.
+        facts = json.loads(config.read_text())
+        facts.pop("quantization_config", None)
+        config.write_text(json.dumps(facts, indent=1))
 
 
 def shards(scope: Scope, chosen: Mapping[str, str]) -> Iterator[dict[str, torch.Tensor]]:
@@ -108,6 +117,8 @@ def shards(scope: Scope, chosen: Mapping[str, str]) -> Iterator[dict[str, torch.
 def rounded(weight: Weight, name: str | None) -> torch.Tensor:
     """The values, as the format leaves them; blocks lie along the inputs."""
     values = weight.read()
+    if weight.dtype.itemsize == 1 or not weight.dtype.is_floating_point:
+        values = values.to(torch.bfloat16)
     if name is None:
         return values.contiguous()
     codec = formats.get(name, scale="channel") if name == "int8" else formats.get(name)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.analysis.weights.checkpoints import read, safetensors_folder
 from transformers import GPT2Config, GPT2LMHeadModel
 
 EXAMPLES = Path(__file__).parents[3] / "examples" / "weights"
@@ -68,3 +69,21 @@ def test_a_critical_issue_is_the_exit_code_of_the_workflow(tmp_path, monkeypatch
         runpy.run_path(str(EXAMPLES / "before_release.py"), run_name="__main__")
     assert stopped.value.code == 1
     assert "All its values are 0" in capsys.readouterr().out
+
+
+def test_the_copy_of_a_model_in_float8_is_read_as_the_values_it_holds(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    codes = torch.randn(128, 128).to(torch.float8_e4m3fn)
+    state = {"x.weight": codes, "x.weight_scale_inv": torch.tensor([[0.5]])}
+    state["n.weight"] = torch.ones(9)
+    config = {"hidden_size": 128, "quantization_config": {"weight_block_size": [128, 128]}}
+    folder = safetensors_folder(tmp_path / "m", state, config=config)
+    words = ["before_release.py", str(folder), "--out", str(tmp_path / "out"), "--sqnr", "200"]
+    monkeypatch.setattr(sys, "argv", words)
+    runpy.run_path(str(EXAMPLES / "before_release.py"))["main"]()
+    copy = tmp_path / "out" / "quantised"
+    assert json.loads((copy / "config.json").read_text()) == {"hidden_size": 128}
+    found = read(copy)
+    assert found["x.weight"].dtype == torch.bfloat16
+    assert torch.equal(found["x.weight"].float(), codes.float() * 0.5)
+    assert torch.equal(found["n.weight"], torch.ones(9))
