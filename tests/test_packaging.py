@@ -193,8 +193,11 @@ def test_the_integration_is_found_under_the_name_of_its_framework(wheels: dict[s
     layouts = wheels["tensortap-hf"].entry_points["tensortap.layouts"]
     assert sorted(layouts) == ["first-layer-npz", "layer-npy"]
     assert list(wheels["tensortap-hf"].entry_points["tensortap.commands"]) == ["modes"]
-    backends = wheels["tensortap-neuron"].entry_points["tensortap.backends"]
-    assert sorted(backends) == ["neuron", "xla"]
+    neuron = wheels["tensortap-neuron"].entry_points
+    assert list(neuron["tensortap.integrations"]) == ["neuronx_distributed"]
+    assert sorted(neuron["tensortap.backends"]) == ["neuron", "xla"]
+    assert sorted(neuron["tensortap.layouts"]) == ["layers-pt", "nxdi", "vllm-neuron"]
+    assert list(neuron["tensortap.commands"]) == ["neuron"]
 
 
 @pytest.mark.parametrize(

@@ -171,6 +171,11 @@ def test_nan_in_both_runs_is_no_agreement_and_large_means_are_told(tt, tmp_path)
     assert told["verdict"] == "agree", "they are equal"
     assert told["abnormal"][0] == "layer 1: port 1 NaN; reference 1 NaN"
     assert told["abnormal"][1].startswith("layer 2: port mean 20")
+    assert [jump["to"] for jump in told["jumps"]] == [
+        f"layers.{number}/forward/output" for number in (3, 3)
+    ], "NaN is told of the layer that has it"
+    printed = tt("neuron", "compare", "--gpu-path", ref, "--neuron-path", port)[1]
+    assert "the port has NaN or infinities, as the reference has" in printed
 
 
 def test_nan_in_the_port_alone_is_the_first_local_divergence(tt, ref, tmp_path):
@@ -212,6 +217,61 @@ def test_a_prompt_without_a_partner_leaves_the_question_open(tt, tmp_path):
     code, _, error = tt("neuron", "compare", "--gpu-path", ref, "--neuron-path", port / "prompt-1")
     assert code == 2
     assert "given other tokens" in error
+    printed = tt("neuron", "compare", "--gpu-path", ref, "--neuron-path", port)[1]
+    assert "1 of 1 prompts agree; 1 could not be compared" in printed
+
+
+def test_a_port_whose_noise_run_had_other_tokens_is_not_judged_without(tt, tmp_path):
+    one, two = (1, 2, 3, 4, 5), (2, 4, 6, 8, 10)
+    ref, port = (folder_of_prompts(tmp_path / side, one, two) for side in ("gpu", "port"))
+    noise = folder_of_prompts(tmp_path / "noise", one, off=0.01)
+    code, found = compare(tt, ref, port, "--noise", noise)
+    assert (code, len(found["prompts"])) == (2, 1)
+    assert "prompt-1: no run of --noise was given the same tokens" in found["alone"][0]
+
+
+def test_padding_does_not_make_the_tokens_others(tt, tmp_path):
+    tensors = residual()
+    ref = old_files(tmp_path / "gpu", tensors)
+    wide = {name: torch.cat([x, torch.full((1, 3, 16), 9.0)], 1) for name, x in tensors.items()}
+    port = old_files(tmp_path / "port", wide, ids=(1, 2, 3, 4, 5, 0, 0, 0))
+    about = torch.load(port / "metadata.pt", weights_only=True)
+    about["attention_mask"] = torch.tensor([[1, 1, 1, 1, 1, 0, 0, 0]])
+    torch.save(about, port / "metadata.pt")
+    code, found = compare(tt, ref, port)
+    assert (code, len(found["prompts"][0]["layers"])) == (0, 6)
+
+
+def test_padding_of_shorter_rows_is_compared_and_said(tt, tmp_path):
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+    for side in ("gpu", "port"):
+        layer = torch.cat([values(1), values(2)])
+        if side == "port":
+            layer[1, 2:] = 77
+        old_files(tmp_path / side, {"layer_0": layer})
+        torch.save({"attention_mask": mask}, tmp_path / side / "metadata.pt")
+    code, found = compare(tt, tmp_path / "gpu", tmp_path / "port")
+    assert code == 1
+    assert "padding is cut behind the longest row" in str(found["prompts"][0]["warnings"])
+    for side in ("gpu", "port"):
+        about = {"token_ids": [[1, 2], [1, 0]], "attention_mask": [[1, 1], [1, 0]]}
+        model, run = model_of("llama"), tmp_path / f"{side}-run"
+        select = "layers.0/forward/output"
+        with tensortap.attach(model, run, select=select, values="full", metadata=about):
+            model(torch.tensor([[1, 2], [1, 0]]))
+    found = compare(tt, tmp_path / "gpu-run", tmp_path / "port-run")[1]
+    assert "padding of the shorter ones is compared" in str(found["prompts"][0]["warnings"])
+
+
+def test_noise_of_another_dtype_than_the_ports_is_warned_of(tt, ref, tmp_path):
+    port = old_files(tmp_path / "port", moved(residual(), 0.01))
+    half = {name: x.bfloat16() for name, x in residual().items()}
+    noise = old_files(tmp_path / "noise", half)
+    found = compare(tt, ref, port, "--noise", noise)[1]
+    assert "--noise is bfloat16 and the port float32" in found["prompts"][0]["warnings"][0]
+    noise = old_files(tmp_path / "same", moved(residual(), 0.01))
+    found = compare(tt, ref, port, "--noise", noise)[1]
+    assert "--noise is" not in str(found["prompts"][0]["warnings"])
 
 
 def test_a_layer_that_the_port_lacks_is_told(tt, ref, tmp_path):
@@ -219,11 +279,13 @@ def test_a_layer_that_the_port_lacks_is_told(tt, ref, tmp_path):
     del base["layer_3"]
     port = old_files(tmp_path / "port", base)
     code, found = compare(tt, ref, port)
-    assert code == 0, "all that could be compared agrees"
+    assert code == 2, "all that could be compared agrees, and nobody can say more"
     assert found["prompts"][0]["missing"] == ["layer 3: only the reference has it"]
     code, printed, error = tt("neuron", "compare", "--gpu-path", ref, "--neuron-path", port)
     assert "1 could not be compared" in printed
+    assert "nobody can say" in printed
     assert "not compared: layer 3: only the reference has it" in error
+    assert compare(tt, ref, port, "--layer-pattern", "layer_[0-2]")[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -261,6 +323,7 @@ def test_the_report_is_json_and_a_page_for_each_prompt(tt, tmp_path):
     ("words", "said"),
     [
         (("--preset", "strict"), "--preset strict: write one of port, classic, noise"),
+        (("--preset", "noise"), "--preset noise judges by a noise run; give --noise PATH"),
         (("--layer-pattern", "block_*"), "'block_*' matches no layer"),
         (("--report-path", "/nowhere/at/all.json"), "there is no folder /nowhere/at"),
         (("--report-path", "/proc/report.json"), "--report-path /proc/report.json: "),

@@ -48,6 +48,7 @@ def test_every_layer_of_a_decoder_is_what_transformers_computes(tt, checkpoint, 
         assert run.coverage()["gaps"] == []
         assert set(run.names()) == {
             "embed/forward/output", "final_norm/forward/output",
+            "embed/forward/input", "final_norm/forward/input",
             *(f"layers.{number}/forward/output" for number in range(3)),
         }  # fmt: skip
         found = [run.tensor(f"layers.{number}/forward/output") for number in range(3)]
@@ -213,16 +214,59 @@ def test_an_encoder_is_refused(tt, tmp_path):
     assert "has an encoder" in error
 
 
-def test_a_forward_that_fails_is_one_line_and_leaves_nothing(tt, tmp_path):
-    model_of("gpt2", n_positions=4).save_pretrained(tmp_path / "short")
+@pytest.mark.parametrize("module", ["embed_tokens", "norm"])
+def test_a_fault_of_the_embedding_or_the_final_norm_is_local(tt, checkpoint, tmp_path, module):
+    """What goes into them is captured as well, so that it is known not to differ."""
+    right = checkpoint()
+    broken = model_of("llama")
+    with torch.no_grad():
+        getattr(broken.model, module).weight.mul_(1.1)
+    broken.save_pretrained(tmp_path / "broken")
+    for model, dtype, out in (
+        (right, "fp32", "gpu"), (right, "bf16", "noise"), (tmp_path / "broken", "bf16", "port")
+    ):  # fmt: skip
+        given = ("--model", model, "--prompt", TEXT, "--dtype", dtype, "--out", tmp_path / out)
+        assert tt("neuron", "layers", *given)[0] == 0
+    code, found, _ = tt(
+        "neuron", "compare", "--gpu-path", tmp_path / "gpu", "--neuron-path", tmp_path / "port",
+        "--noise", tmp_path / "noise", "--json",
+    )  # fmt: skip
+    assert code == 1
+    [told] = found["prompts"]
+    name = {"embed_tokens": "embed/forward/output", "norm": "final_norm/forward/output"}[module]
+    assert told["first_divergence"] == told["first_local_divergence"] == name
+    assert len(told["layers"]) == 5
+    assert told["missing"] == []
+
+
+def test_a_forward_that_fails_is_one_line_and_leaves_nothing(tt, tmp_path, monkeypatch):
+    model_of("gpt2").save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(torch.nn.Embedding, "forward", lambda self, ids: ids.no_such_word)
     code, printed, error = tt(
+        "neuron",
+        "layers",
+        "--model",
+        tmp_path / "model",
+        "--prompt",
+        "a",
+        "--out",
+        tmp_path / "out",
+    )
+    assert code == 2
+    assert "The forward of GPT2LMHeadModel fails on cpu: AttributeError" in error
+    assert "Traceback" not in printed + error
+    assert not list(tmp_path.glob("out/*")) + list(tmp_path.glob("out/.*"))
+
+
+def test_a_prompt_longer_than_the_model_has_room_for_is_refused(tt, tmp_path):
+    """A lazy device reads past the table of positions without a word."""
+    model_of("gpt2", n_positions=4).save_pretrained(tmp_path / "short")
+    code, _, error = tt(
         "neuron", "layers", "--model", tmp_path / "short", "--prompt", "too long for it",
         "--out", tmp_path / "out",
     )  # fmt: skip
     assert code == 2
-    assert "The forward of GPT2LMHeadModel fails on cpu: IndexError" in error
-    assert "Traceback" not in printed + error
-    assert not list(tmp_path.glob("out/*")) + list(tmp_path.glob("out/.*"))
+    assert "has 15 tokens, and the model room for 4" in error
 
 
 def test_the_vision_tower_beside_a_decoder_is_left_out():

@@ -38,14 +38,16 @@ def test_a_prompt_is_one_execution_and_one_transfer(xla, tmp_path: Path, kind):
 def test_xla_and_the_cpu_agree_within_rounding(xla, tt, checkpoint, tmp_path: Path, kind):
     model = checkpoint(kind)
     for device in ("cpu", "xla"):
-        code, _, error = tt(
+        code, printed, error = tt(
             "neuron", "layers", "--model", model, "--prompt", TEXT, "--prompt", "another",
             "--device", device, "--out", tmp_path / device,
         )  # fmt: skip
         assert code == 0, error
+        assert ("(CPU behind torch_xla)" in printed) == (device == "xla")
     with tensortap.open_run(tmp_path / "xla" / "prompt-0" / "run") as run:
         assert run.complete
         assert run.info.metadata["device"].startswith("xla")
+        assert run.info.metadata["hardware"] == "CPU"
         assert "torch-xla" in run.info.metadata["packages"]
         assert {record.device.split(":")[0] for record in run.records()} == {"xla"}
     code, found, _ = tt(

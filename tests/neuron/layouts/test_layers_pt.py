@@ -173,6 +173,16 @@ def test_a_layer_that_the_statistics_list_and_nobody_saved_is_a_gap(tmp_path: Pa
     }  # fmt: skip
 
 
+def test_statistics_may_be_listed_by_the_stem_of_the_file(tmp_path: Path) -> None:
+    folder = old_folder(tmp_path)
+    statistics = {f"{one}_output": {"mean": 0.0} for one in LAYERS}
+    torch.save({"statistics": statistics}, folder / "metadata.pt")
+    assert in_memory(folder)[0].coverage["gaps"] == []
+    (folder / "layer_1_output.pt").unlink()
+    [gap] = in_memory(folder)[0].coverage["gaps"]
+    assert gap["name"] == "layer_1_output.pt"
+
+
 def test_other_folders_are_refused(tmp_path: Path, tt: Command) -> None:
     (tmp_path / "empty").mkdir()
     for where, reason in (

@@ -168,10 +168,11 @@ class ParallelEmbedding(nn.Module):
         group = self.tensor_model_parallel_group
         if self.shard_across_embedding:
             out = nn.functional.embedding(ids, self.weight)
-            if not self.collect_output:
-                return out
-            out = gathered(out, -1, group)
-            return out.narrow(-1, 0, self.embedding_dim - self.pad_size)
+            if self.collect_output:
+                out = gathered(out, -1, group)
+            if self.pad and self.pad_size > 0:  # Of a piece that is not collected as well.
+                out = out.narrow(-1, 0, self.embedding_dim - self.pad_size)
+            return out
         first = self.weight.shape[0] * group.rank()
         here = (ids >= first) & (ids < first + self.weight.shape[0])
         out = nn.functional.embedding((ids - first) * here, self.weight) * here[..., None]

@@ -13,6 +13,7 @@ from tensortap.errors import NotSupported, RunError
 from tensortap.store import Run
 from tensortap.store.layout import RUN as RUN_FILE
 from tensortap_neuron.command.capturing import RUN
+from tensortap_neuron.command.naming import place
 
 _PROMPT = re.compile(r"prompt-(\d+)")
 _FILES = ("layer_*_output.pt", "embedding_output.pt", "final_norm_output.pt", "metadata.pt")
@@ -34,9 +35,29 @@ class Captured:
 
     @property
     def ids(self) -> tuple[int, ...] | None:
-        """The token ids, where the run knows them."""
-        found = _flat(self.run.info.metadata.get("token_ids"))
-        return found or None
+        """The token ids without padding, where the run knows them."""
+        said = self.run.info.metadata
+        ids = _flat(said.get("token_ids", said.get("input_ids")))
+        mask = _flat(said.get("attention_mask"))
+        if len(mask) == len(ids):
+            ids = tuple(one for one, kept in zip(ids, mask, strict=True) if kept)
+        return ids or None
+
+    @property
+    def dtype(self) -> str | None:
+        """That of its layers, where all have one."""
+        records = (one for one in self.run.records() if place(str(one.name)) is not None)
+        found = {one.dtype for one in records}
+        return found.pop() if len(found) == 1 else None
+
+    @property
+    def remarks(self) -> list[str]:
+        """What was remarked on all of an imported folder, and pads that nothing cuts."""
+        notes = self.run.coverage().get("notes", ())
+        said = [str(row["reason"]) for row in notes if row["name"] == "*"]
+        if not said and _is_ragged(self.run.info.metadata.get("attention_mask")):
+            said = ["its rows differ in length, and the padding of the shorter ones is compared"]
+        return [f"{self.path}: {one}" for one in said]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +69,29 @@ class Trio:
     noise: Captured | None
 
     @property
+    def remarks(self) -> list[str]:
+        """What is to be known of the runs before their comparison is believed."""
+        sides = [self.ref, self.port] + ([self.noise] if self.noise else [])
+        said = [line for one in sides for line in one.remarks]
+        noise = None if self.noise is None else self.noise.dtype
+        if None not in (noise, self.port.dtype) and noise != self.port.dtype:
+            said.append(
+                f"--noise is {noise} and the port {self.port.dtype}: the noise is the reference "
+                "once more in the port's dtype, and says little in another"
+            )
+        return said
+
+    @property
     def prompt(self) -> str | None:
         """The text, where any of them knows it."""
         known = (one.prompt for one in (self.ref, self.port, self.noise) if one is not None)
         return next((text for text in known if text is not None), None)
+
+
+def _is_ragged(mask: Any) -> bool:
+    """Does a mask of several rows leave something out?"""
+    rows = mask if isinstance(mask, list) and all(isinstance(row, list) for row in mask) else []
+    return len(rows) > 1 and not all(all(row) for row in rows)
 
 
 def _flat(ids: Any) -> tuple[int, ...]:
@@ -84,10 +124,10 @@ def opened(path: Path, option: str) -> Iterator[list[Captured]]:
 
     with ExitStack() as stack:
         found = []
-        for name, place in _below(path, option):
-            layout = None if _is_run(place) else "layers-pt"
-            run = stack.enter_context(sources.opened(place, layout))
-            found.append(Captured(name, place, run))
+        for name, folder in _below(path, option):
+            layout = None if _is_run(folder) else "layers-pt"
+            run = stack.enter_context(sources.opened(folder, layout))
+            found.append(Captured(name, folder, run))
         yield found
 
 
@@ -112,9 +152,9 @@ def _below(path: Path, option: str) -> Iterator[tuple[str, Path]]:
 
 def _single(path: Path) -> Path | None:
     """The run or the files of one prompt, here or in its folder."""
-    for place in (path, path / RUN):
-        if _is_run(place):
-            return place
+    for folder in (path, path / RUN):
+        if _is_run(folder):
+            return folder
     return path if any(True for glob in _FILES for _ in path.glob(glob)) else None
 
 
@@ -130,17 +170,18 @@ def matched(
     Token ids decide where both sides know them, else folder names, or that there is one of each.
     Raises `RunError` where no prompt has a partner.
     """
-    trios, alone = [], []
+    trios, alone, used = [], [], set()
     for port in ports:
         ref = _partner(port, refs, len(ports))
         if ref is None:
             alone.append(f"{port.path}: no run of --gpu-path was given the same tokens")
             continue
+        used.add(ref.path)
         noise = None if noises is None else _partner(port, noises, len(ports))
         if noises is not None and noise is None:
             alone.append(f"{port.path}: no run of --noise was given the same tokens")
+            continue
         trios.append(Trio(ref, port, noise))
-    used = {trio.ref.path for trio in trios}
     alone += [f"{ref.path}: the port has no such prompt" for ref in refs if ref.path not in used]
     if not trios:
         raise RunError(

@@ -16,7 +16,7 @@ import tensortap
 from tensortap.errors import ConfigError, RunExists
 from tensortap.layouts import layout
 from tensortap_neuron.command.calling import forward
-from tensortap_neuron.command.naming import Place
+from tensortap_neuron.command.naming import Place, with_inputs
 from tensortap_neuron.command.prompts import Prompt, folder_of
 
 RUN, FILES = "run", "layers-pt"
@@ -45,7 +45,7 @@ class Module:
     def capture(self, prompt: Prompt, run: Path, metadata: Mapping[str, Any]) -> None:
         """One teacher-forced forward of the whole prompt."""
         ids = prompt.tensor.to(self.device)
-        select = ",".join(place.name for place in self.places)
+        select = ",".join(with_inputs(self.places))
         # A lazy graph whose values the model reads early costs time; what is captured is right.
         on_error = "warn" if self.device.type == "xla" else "raise"
         with (

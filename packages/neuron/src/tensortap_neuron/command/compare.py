@@ -42,13 +42,15 @@ def compare(
 
     port: max |d| < 0.01, mean |d| < 0.001, cosine > 0.99. noise: |port - reference| over
     |noise - reference| < 1.5, and the errors are spread alike (Bhattacharyya > 0.99). Exit code:
-    0 the port agrees in all that could be compared, 1 it differs, or has NaN or infinities, 2
-    nobody can say: nothing in common, or a prompt without a partner, or nothing could be done.
+    0 the port agrees, 1 it differs, or has NaN or infinities, 2 nobody can say: a layer that could
+    not be compared, a prompt without a partner, nothing in common, or nothing could be done.
     """
     require_analysis()
     chosen = preset or ("noise" if noise is not None else "port")
     if chosen not in PRESETS:
         raise ConfigError(f"--preset {chosen}: write one of {', '.join(PRESETS)}.")
+    if PRESETS[chosen] == "noise" and noise is None:
+        raise ConfigError("--preset noise judges by a noise run; give --noise PATH.")
     stem = None if report_path is None else reporting.stem_of(report_path)
     with ExitStack() as stack:
         refs = stack.enter_context(opened(gpu_path, "--gpu-path"))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tensortap.errors import ConfigError
 from tensortap_neuron.command.captured import Captured, Trio
-from tensortap_neuron.command.naming import place, places
+from tensortap_neuron.command.naming import place, places, with_inputs
 from tensortap_neuron.command.rows import Jump, Row, broken_in, jumps_at
 
 if TYPE_CHECKING:
@@ -22,11 +22,12 @@ under either name, and the three-way rule."""
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One prompt, compared."""
+    """One prompt, compared; `remarks` are on its runs, `missing` on layers, as sentences."""
 
     trio: Trio
     found: Comparison
     missing: tuple[str, ...]
+    remarks: tuple[str, ...]
 
     @property
     def run(self) -> RunComparison:
@@ -62,9 +63,14 @@ class Result:
 
     @property
     def code(self) -> int:
-        """0 the port agrees, 1 it differs or has NaN or infinities, 2 nobody can say."""
+        """0 the port agrees, 1 it differs or has NaN or infinities, 2 nobody can say.
+
+        Nobody can say it of a layer that could not be compared in any forward.
+        """
         worst = {"agree": 0, "differ": 1, "incomparable": 2}[self.run.verdict]
-        return 1 if self.nonfinite else worst
+        compared = {row.place.name for row in self.rows}
+        lost = any(place(one.name) and one.name not in compared for one in self.run.unpaired)
+        return 1 if self.nonfinite else worst or (2 if lost else 0)
 
     @property
     def jumps(self) -> list[Jump]:
@@ -78,9 +84,14 @@ class Result:
 
 
 def names_of(trio: Trio, pattern: str) -> list[str]:
-    """Tensors of the reference or the port that a pattern of files or names matches."""
-    found = places(name for side in (trio.ref, trio.port) for name in side.run.names())
-    return list(dict.fromkeys(one.name for one in found if one.matches(pattern)))
+    """Tensors of both runs that a pattern of files or names matches, and what goes into them.
+
+    Layers that one of them lacks are among them; empty where there is no layer at all.
+    """
+    have = [set(side.run.names()) for side in (trio.ref, trio.port)]
+    found = [one for one in places(sorted(have[0] | have[1])) if one.matches(pattern)]
+    wanted = {one.name for one in found} | have[0] & have[1]
+    return [name for name in with_inputs(found) if name in wanted]
 
 
 Progress = Callable[[str, int, int], None]
@@ -104,7 +115,8 @@ def compared(trio: Trio, pattern: str, preset: str, progress: Progress) -> Resul
         preset=PRESETS[preset], select=",".join(names),
         progress=partial(progress, f"comparing {trio.port.name}"),
     )  # fmt: skip
-    return Result(trio, found, tuple(map(_missing, found.runs[0].unpaired)))
+    lost = [one for one in found.runs[0].unpaired if place(one.name) is not None]
+    return Result(trio, found, tuple(map(_missing, lost)), tuple(trio.remarks))
 
 
 def _missing(one: Unpaired) -> str:

@@ -86,6 +86,13 @@ def flags() -> dict[str, str]:
     return {key: value for key, value in sorted(os.environ.items()) if key.startswith(_FLAGS)}
 
 
+def hardware(device: torch.device) -> str | None:
+    """What torch_xla runs on behind its device: `CPU`, `NEURON`, `TPU`, …; `None` for others."""
+    if device.type != "xla":
+        return None
+    return str(import_module("torch_xla.runtime").device_type())
+
+
 def versions() -> dict[str, str]:
     """Of the packages of devices that are installed."""
     found: dict[str, str] = {}

@@ -104,13 +104,15 @@ def _json(prompt: Prompt, found: Described) -> dict[str, Any]:
 
 
 def _print(about: dict[str, Any], results: list[tuple[Prompt, Described]]) -> None:
-    printing.say(f"{about['model']} on {about['device']} in {about['dtype']}")
+    behind = f" ({about['hardware']} behind torch_xla)" if "hardware" in about else ""
+    printing.say(f"{about['model']} on {about['device']}{behind} in {about['dtype']}")
     for prompt, found in results:
         printing.say()
         stands_in = (
             ", the bytes of the text: there is no tokenizer" if prompt.tokens == "bytes" else ""
         )
-        printing.say(f"{prompt.text!r} ({len(prompt.ids)} tokens{stands_in}): {found.folder}")
+        count = "1 token" if len(prompt.ids) == 1 else f"{len(prompt.ids)} tokens"
+        printing.say(f"{prompt.text!r} ({count}{stands_in}): {found.folder}")
         printing.say_table(describing.HEADINGS, [layer.row for layer in found.key_layers])
         for layer in found.layers:
             printing.say(layer.line, "red" if layer.wrong else None)

@@ -69,6 +69,13 @@ def _class(config: Any) -> Any:
     return transformers.AutoModelForCausalLM
 
 
+def context_of(config: Any) -> int | None:
+    """How many tokens the model was made for; a lazy device reads past its table in silence."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    size = getattr(text, "max_position_embeddings", None)
+    return size if isinstance(size, int) and size > 0 else None
+
+
 def vocabulary_of(name: str, config: Any) -> int:
     """How many token ids the model knows, of the text part where it has several."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -12,7 +12,7 @@ from torch import nn
 from tensortap import discovery
 from tensortap.errors import NotSupported
 
-_OUTPUT = "/forward/output"
+_OUTPUT, _INPUT = "/forward/output", "/forward/input"
 _MODULE = re.compile(r"(?P<stem>(?:.*\.)?)(?P<word>embed|final_norm|layers\.(?P<number>\d+))")
 
 
@@ -25,6 +25,16 @@ class Place:
     stem: str
     word: str
     number: int | None
+
+    @property
+    def given(self) -> str | None:
+        """The tensor that is captured beside it: what goes in, where no other layer puts it out.
+
+        Without, a fault of the embedding or the final norm could be inherited for all one knows.
+        """
+        if self.number is not None:
+            return None
+        return f"{self.name.removesuffix(_OUTPUT)}{_INPUT}"
 
     @property
     def title(self) -> str:
@@ -76,6 +86,12 @@ def places_of(model: nn.Module) -> list[Place]:
         )
     text = {one.stem for one in found if one.word == "embed"}
     return in_order([one for one in found if not text or one.stem in text])
+
+
+def with_inputs(found: Iterable[Place]) -> list[str]:
+    """Their tensors, and those that say whether an error came in."""
+    known = list(found)
+    return [*(one.name for one in known), *(one.given for one in known if one.given is not None)]
 
 
 def in_order(found: Iterable[Place]) -> list[Place]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tensortap.errors import ConfigError
-from tensortap_neuron.command.models import LOCAL, configuration, vocabulary_of
+from tensortap_neuron.command.models import LOCAL, configuration, context_of, vocabulary_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +52,11 @@ def tokenizer(name: str) -> Any:
 def tokenized(texts: list[str], model: str) -> list[Prompt]:
     """Token ids of each text, by the model's own tokenizer.
 
-    Raises `ConfigError` for a text that has none, or too large ones.
+    Raises `ConfigError` for a text that has none, too many, or too large ones.
     """
-    encoder, vocabulary = tokenizer(model), vocabulary_of(model, configuration(model))
+    config = configuration(model)
+    encoder, vocabulary = tokenizer(model), vocabulary_of(model, config)
+    context = context_of(config)
     found = []
     for number, text in enumerate(texts):
         if encoder is None:
@@ -63,6 +65,10 @@ def tokenized(texts: list[str], model: str) -> list[Prompt]:
             ids, by = list(encoder(text)["input_ids"]), "tokenizer"
         if not ids:
             raise ConfigError(f"--prompt {text!r} becomes no token ids.")
+        if context is not None and len(ids) > context:
+            raise ConfigError(
+                f"--prompt {text[:40]!r} has {len(ids)} tokens, and the model room for {context}."
+            )
         if max(ids) >= vocabulary:
             raise ConfigError(
                 f"--prompt {text!r} has token id {max(ids)}, and the vocabulary of the model ends "

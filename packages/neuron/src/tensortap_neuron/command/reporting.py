@@ -10,6 +10,7 @@ from typing import Any
 from tensortap.errors import ConfigError
 from tensortap_neuron.command import printing
 from tensortap_neuron.command.comparing import PRESETS, Result, named
+from tensortap_neuron.command.naming import with_inputs
 from tensortap_neuron.command.rows import HEADINGS, WITH_NOISE, Row
 
 _WORDS = {0: "the port agrees with the reference", 1: "the port differs", 2: "nobody can say"}
@@ -28,10 +29,12 @@ def say(results: Sequence[Result], alone: Sequence[str], preset: str) -> None:
         _say_one(result, preset)
     for line in alone:
         printing.warn(f"not compared: {line}")
-    if len(results) > 1:
+    if len(results) + len(alone) > 1:
         printing.say()
         fine = sum(result.code == 0 for result in results)
-        printing.say(f"{fine} of {len(results)} prompts agree")
+        more = f"; {len(alone)} could not be compared" if alone else ""
+        ok = printing.mark(code(results, alone) == 0)
+        printing.say(f"{ok} {fine} of {len(results)} prompts agree{more}")
 
 
 def _say_one(result: Result, preset: str) -> None:
@@ -48,14 +51,26 @@ def _say_one(result: Result, preset: str) -> None:
     for line in _findings(result):
         printing.say(line)
     lost = [f"not compared: {line}" for line in result.missing]
-    for text in dict.fromkeys((*lost, *result.found.remarks, *result.run.warnings)):
+    for text in dict.fromkeys((*lost, *_warnings(result))):
         printing.warn(text)
     fine = sum(row.fine for row in result.rows)
     more = f"; {len(lost)} could not be compared" if lost else ""
     printing.say(
-        f"{printing.mark(result.code == 0)} {_WORDS[result.code]}: {fine} of {len(result.rows)} "
+        f"{printing.mark(result.code == 0)} {_outcome(result)}: {fine} of {len(result.rows)} "
         f"tensors are within the limits{more}"
     )
+
+
+def _outcome(result: Result) -> str:
+    """In words; a port that is equal to its reference may still be ill with it."""
+    if result.nonfinite and result.run.verdict == "agree":
+        return "the port has NaN or infinities, as the reference has"
+    return _WORDS[result.code]
+
+
+def _warnings(result: Result) -> list[str]:
+    said = (*result.remarks, *result.found.remarks, *result.run.warnings)
+    return list(dict.fromkeys(said))
 
 
 def _limits(result: Result, preset: str) -> str:
@@ -121,7 +136,7 @@ def _one(result: Result) -> dict[str, Any]:
         "jumps": [jump.to_json() for jump in result.jumps],
         "abnormal": result.broken,
         "missing": list(result.missing),
-        "warnings": list(dict.fromkeys((*result.found.remarks, *result.run.warnings))),
+        "warnings": _warnings(result),
     }
 
 
@@ -153,7 +168,7 @@ def write(stem: Path, results: Sequence[Result], alone: Sequence[str], preset: s
         trio = result.trio
         name = stem.name if len(results) == 1 else f"{stem.name}-{trio.port.name}"
         page = stem.with_name(f"{name}.html")
-        names = [row.place.name for row in result.rows]
+        names = with_inputs(row.place for row in result.rows)
         write_report(
             page, named(trio.ref), named(trio.port),
             noise=None if trio.noise is None else named(trio.noise),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from tensortap.records import encode_float
@@ -127,7 +128,8 @@ def jumps_at(change: Any, after: Any) -> Iterator[Jump]:
     assert at is not None
     for side, who in (("ref", "reference"), ("other", "port")):
         largest = getattr(change, f"{side}_max")
-        if largest is not None and not largest <= JUMP:
+        # NaN and infinities are told of the layer that has them.
+        if largest is not None and isfinite(largest) and largest > JUMP:
             into, out = (getattr(c, f"{side}_mean", None) for c in (change, after))
             yield Jump(who, before, at, largest, into, out)
 

@@ -62,7 +62,8 @@ class How:
             calling.prepare(loaded)
         dtype = str(next(loaded.parameters()).dtype).removeprefix("torch.")
         runner = Module(devices.moved(loaded, device), device, wanted)
-        return runner, {"device": str(device), "dtype": dtype}
+        found = {"device": str(device), "hardware": devices.hardware(device), "dtype": dtype}
+        return runner, {key: value for key, value in found.items() if value is not None}
 
     def _compiled(self, folder: Path) -> tuple[Capturer, Mapping[str, Any]]:
         options = compiled.options_of(self.neuron_config)

@@ -96,8 +96,8 @@ class About:
         """Tensors that the statistics speak of and no file holds, with the reason."""
         return {
             what: _why(said)
-            for what, said in self.statistics.items()
-            if what not in found and isinstance(said, dict)
+            for key, said in self.statistics.items()
+            if (what := key.removesuffix("_output")) not in found and isinstance(said, dict)
         }
 
     def _record(self, what: str) -> Mapping[str, Any]:
