@@ -137,9 +137,7 @@ def _blocks(layer: Layer, limit: float) -> str:
     if not kept:
         return "Keep it in bfloat16, or scan it with --formats for one with small blocks."
     if better:
-        return (
-            f"Of the formats measured {', '.join(better)} leave enough; else keep it in bfloat16."
-        )
+        return f"Enough is left by {', '.join(better)}; else keep it in bfloat16."
     return "None of the formats measured leaves enough: keep it in bfloat16."
 
 

@@ -204,6 +204,8 @@ def _one_channel(gain: _Gain, ratio: float, usual: _Usual) -> Issue:
                  ratio / usual.far_peak)  # fmt: skip
 
 
-_EXPLODED = "Keep gains from weight decay and spikes: clip gradients, lower their learning rate."
+_EXPLODED = (
+    "Clip gradients and lower its learning rate; or is this copy damaged? Compare with another."
+)
 
 RULES: Mapping[str, Rule] = {"zero gains": zero_gains, "gain": sizes}

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from tensortap_analysis.weights.health.issue import Layer
+from tensortap_analysis.weights.health.places import largest
 
 _MOST = 0.5
 """The share of a matrix's energy from which those that stand out explain its size."""
@@ -17,9 +18,17 @@ def standing_out(layer: Layer) -> str:
 
 
 def explains(layer: Layer) -> bool:
-    """Do a few rows or columns hold most of the energy?"""
+    """Do a few rows or columns, or one value, hold most of the energy?"""
+    if in_one_value(layer):
+        return True
     sides = {"row": layer.outputs, "column": layer.inputs}
     return any(_share(_places(layer, what), side) > _MOST for what, side in sides.items())
+
+
+def in_one_value(layer: Layer) -> bool:
+    """Does one value hold most of the energy?"""
+    top, l2 = largest(layer), layer.get("norms", "l2")
+    return top is not None and (top.size / l2) ** 2 > _MOST
 
 
 def _share(places: list[list[Any]], side: int) -> float:

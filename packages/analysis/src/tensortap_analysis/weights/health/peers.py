@@ -8,7 +8,8 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 
 from tensortap_analysis.weights.health.issue import Issue, Layer, Limits, Severity
-from tensortap_analysis.weights.health.outliers import explains, standing_out
+from tensortap_analysis.weights.health.outliers import explains, in_one_value, standing_out
+from tensortap_analysis.weights.health.places import ONE_VALUE, largest
 from tensortap_analysis.weights.roles import FEWEST
 
 LIMITS: Mapping[str, float] = {
@@ -150,6 +151,8 @@ def _issue(
     if value > 1:
         cause += standing_out(layer)
         remedy = _IN_PLACES if explains(layer) else _EXPLODED
+        if in_one_value(layer):
+            cause, remedy = f"{cause} {largest(layer)}.", ONE_VALUE
     else:
         remedy = _VANISHED
     severity: Severity = "critical" if severe else "warning"

@@ -9,6 +9,7 @@ from typing import Any
 
 from tensortap_analysis.weights.health.issue import Layer
 
+ONE_VALUE = "Damaged on its way, or one step that went too far? Compare with another copy."
 _NAMED = 4
 """So many places are named in a sentence; the saved scan lists more."""
 

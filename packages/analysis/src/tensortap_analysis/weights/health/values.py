@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from tensortap_analysis.weights.health.issue import Issue, Layer, Limits, Rule, Severity, over
-from tensortap_analysis.weights.health.places import largest, where
+from tensortap_analysis.weights.health.places import ONE_VALUE, largest, where
 
 LIMITS: Mapping[str, float] = {"dead": 0.1, "range": 0.5, "value": 300.0}
 _BEGINS_AT_ZERO = re.compile(r"pos|wpe|codebook", re.IGNORECASE)
@@ -81,7 +81,8 @@ def _dead_issue(layer: Layer, what: str, count: int, of: int, limit: float) -> I
         means = "outputs that are always the bias"
         remedy = "Prune them with the columns that read them, or lower the learning rate earlier."
     at = "" if layer.get("sparsity", "dead_experts") else where(layer, "sparsity", what, count)
-    cause = f"{count:,} of {of:,} {what.removeprefix('dead_')} are all 0{at}: {means}."
+    verb = "is" if count == 1 else "are"
+    cause = f"{count:,} of {of:,} {what.removeprefix('dead_')} {verb} all 0{at}: {means}."
     return Issue(layer.name, rule, severity, cause, remedy, share, limit, over(share, limit))
 
 
@@ -93,7 +94,8 @@ def _faint(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
             continue
         of, embedding = layer.outputs * layer.count, layer.facts.kind == "embedding"
         at, share = where(layer, "norms", "faint_rows", count), count / of
-        cause = f"{count:,} of {of:,} rows are shorter than 1/10,000 of the median row{at}: "
+        verb = "is" if count == 1 else "are"
+        cause = f"{count:,} of {of:,} rows {verb} shorter than 1/10,000 of the median row{at}: "
         cause += "tokens without a vector." if embedding else "outputs that are the bias, nearly."
         remedy = (
             "Tokens never seen in training; those in use are lost."
@@ -112,7 +114,7 @@ def _extreme(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
         top = largest(layer)
         if layer.facts.kind != "linear" or top is None or top.times <= limit:
             continue
-        remedy = "Damaged on its way, or one step that went too far? Compare with another copy."
+        remedy = ONE_VALUE
         yield Issue(layer.name, "value", "warning", f"{top}.", remedy, top.times, limit,
                     over(top.times, limit))  # fmt: skip
 
@@ -123,7 +125,8 @@ def _copied(layers: Sequence[Layer], limits: Limits) -> Iterator[Issue]:
         if layer.vector or layer.zero or not count or not rows:
             continue
         at = where(layer, "sparsity", "duplicated_rows", count)
-        cause = f"{count:,} of {rows * layer.count:,} rows equal another one, bit for bit{at}."
+        verb = "equals" if count == 1 else "equal"
+        cause = f"{count:,} of {rows * layer.count:,} rows {verb} another one, bit for bit{at}."
         remedy = "Tokens never seen in training, or units that were copied; they can be merged."
         share = count / (rows * layer.count)
         yield Issue(layer.name, "copied rows", "info", cause, remedy, share, 0.0, 1 + share)

@@ -27,7 +27,7 @@ _CONVOLUTION = re.compile(r"conv|patch|downsample|upsample", re.IGNORECASE)
 _LONGEST_KERNEL = 16
 """Three axes of which the last is no longer than this are a convolution over one axis."""
 _LESS_ONE = re.compile(
-    r"(?:gemma|gemma2|gemma3|recurrent_gemma|t5gemma2?|vaultgemma|paligemma|qwen3_next|"
+    r"(?:gemma|gemma2|gemma3|nemotron|recurrent_gemma|t5gemma2?|vaultgemma|paligemma|qwen3_next|"
     r"qwen3_5(?:_moe)?)(?:_text)?$"
 )
 """Models of transformers whose RMSNorm multiplies by 1 + weight."""
