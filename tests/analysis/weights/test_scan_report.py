@@ -248,3 +248,9 @@ def test_a_browser_shows_them_without_an_error(folder, checkpoints, tmp_path):
         browser.open(tmp_path / "d.html")
         assert browser.console() == []
         assert browser.script(drawn) >= 2 * 2
+
+
+def test_what_had_too_few_depths_to_compare_is_in_the_notes(folder, tmp_path):
+    result, page = written(folder, tmp_path / "r.html")
+    [sentence] = health(result).unjudged
+    assert sentence in page

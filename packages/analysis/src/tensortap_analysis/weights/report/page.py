@@ -90,7 +90,7 @@ def _summary(result: ScanResult, found: Health) -> Html:
         (f"{len(result.vectors):,}", "vectors", ""),
         (f"{result.parameters:,}", "values", ""),
     ]  # fmt: skip
-    notices = list(result.notes)
+    notices = [*result.notes, *found.unjudged]
     if found.unmeasured:
         notices.append(f"Not measured, and so not judged: {', '.join(found.unmeasured)}.")
     if found.unresolved:
