@@ -53,6 +53,8 @@ class NeuronConfig:
     def __init__(self, **options: Any) -> None:
         self.tp_degree = options.pop("tp_degree", 1)
         self.seq_len = options.pop("seq_len", 64)
+        self.ctx_batch_size = options.pop("ctx_batch_size", None)
+        self.is_continuous_batching = options.pop("is_continuous_batching", False)
         self.context_encoding_buckets = options.pop("context_encoding_buckets", [8, 16])
         self.torch_dtype = options.pop("torch_dtype", torch.bfloat16)
         self.sequence_parallel_enabled = options.pop("sequence_parallel_enabled", False)
@@ -215,7 +217,15 @@ class FakeApplication(torch.nn.Module):
         # model_wrapper.py, `pad_inputs`: ids with the pad token, the mask with 0, positions with 1.
         more = (0, bucket - ids.shape[1])
         pad = torch.nn.functional.pad
-        return self._prefill[bucket](pad(ids, more), pad(mask, more), pad(positions, more, value=1))
+        given = [pad(ids, more), pad(mask, more), pad(positions, more, value=1)]
+        size = self.neuron_config.ctx_batch_size or ids.shape[0]
+        if size == ids.shape[0]:
+            return self._prefill[bucket](*given)
+        # model_wrapper.py, `forward`: one batch after the other; outputs put together, all of them.
+        assert self.neuron_config.is_continuous_batching
+        batches = zip(*(tensor.split(size) for tensor in given), strict=True)
+        outputs = [self._prefill[bucket](*batch) for batch in batches]
+        return [torch.cat(some) for some in zip(*outputs, strict=True)]
 
 
 class HuggingFaceGenerationAdapter:

@@ -239,6 +239,26 @@ def test_an_attention_that_returns_what_is_as_wide_as_the_model_has_its_output()
         assert ("layers.0.attn/forward/output" in sink.names()) == written
 
 
+def test_prompts_that_are_encoded_one_by_one_are_rows_of_one_forward(monkeypatch, tmp_path):
+    model = huggingface()
+    kind = fake_nxdi.install(monkeypatch, model)
+    monkeypatch.setattr(kind, "holes", {8: "layers.1"})
+    model.config.save_pretrained(tmp_path / "model")
+    options = {"ctx_batch_size": 1, "is_continuous_batching": True}
+    started = traced.application(tmp_path / "model", tmp_path / "c", neuron=options)
+    ours, theirs = tensortap.MemorySink(), tensortap.MemorySink()
+    ids = torch.tensor([[3, 1, 4, 1, 5], [2, 7, 1, 8, 2], [1, 4, 1, 4, 2]])
+    with started.capture.hook(ours) as hook:
+        started.generate(ids, hook)
+    with tensortap.attach(model, theirs, select="layers.2/forward/output", values="full"):
+        model(ids)
+    [(_, wanted)] = theirs.find("layers.2/forward/output")
+    [(_, found)] = ours.find("layers.2/forward/output")
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    assert "layers.1/forward/output" not in ours.names()
+    assert "module was not called" in reasons(ours)["layers.1/forward/output"]
+
+
 @pytest.mark.parametrize("rows", [1, 4])
 def test_stand_ins_of_prompts_that_were_encoded_one_by_one_are_no_tensors(rows):
     """ModelWrapper.forward puts the outputs of its batches together, stand-ins as well."""

@@ -17,7 +17,6 @@ from tensortap_neuron.command.prompts import Prompt
 if TYPE_CHECKING:
     from tensortap_neuron.traced import Application
 
-SELECT = r"re:(embed|layers\.\d+|final_norm)/forward/output"
 _HOOK: Mapping[str, Any] = {
     # Whatever the environment says of taps is meant for others.
     "enabled": True, "steps": "0:", "values": "full", "on_error": "raise", "overwrite": True,
@@ -49,7 +48,7 @@ def start(
 
     What NxDI itself raises, of its configuration, compiler or devices, is a `ConfigError`.
     """
-    from tensortap_neuron.traced import application
+    from tensortap_neuron.traced import HIDDEN_STATES, application
 
     neuron = dict(options)
     if dtype != "auto":
@@ -57,7 +56,9 @@ def start(
     where, act = checkpoint(model), "loaded" if skip_compile else "compiled"
     found: Application = tried(
         f"--compiled {folder}: {model} cannot be {act}",
-        lambda: application(where, folder, skip_compile=skip_compile, select=SELECT, neuron=neuron),
+        lambda: application(
+            where, folder, skip_compile=skip_compile, select=HIDDEN_STATES, neuron=neuron
+        ),
     )
     names = found.capture.names.values()
     return Compiled(found, folder, in_order(places(f"{name}/forward/output" for name in names)))

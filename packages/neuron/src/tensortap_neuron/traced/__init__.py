@@ -5,7 +5,15 @@
 
 from tensortap_neuron.traced.application import Application, application
 from tensortap_neuron.traced.capture import Capture
-from tensortap_neuron.traced.choosing import EVERY_LAYER, prepare
+from tensortap_neuron.traced.choosing import EVERY_LAYER, HIDDEN_STATES, prepare
 from tensortap_neuron.traced.hook import TracedHook
 
-__all__ = ["EVERY_LAYER", "Application", "Capture", "TracedHook", "application", "prepare"]
+__all__ = [
+    "EVERY_LAYER",
+    "HIDDEN_STATES",
+    "Application",
+    "Capture",
+    "TracedHook",
+    "application",
+    "prepare",
+]

@@ -12,8 +12,11 @@ from tensortap_neuron.traced.capture import Capture
 from tensortap_neuron.traced.described import Described, describe
 from tensortap_neuron.traced.naming import expert_index, names_of
 
-EVERY_LAYER = r"re:(embed|layers\.\d+|final_norm|lm_head)/forward/output"
-"""The outputs of the embedding, every decoder layer, the final norm and the head."""
+_STREAM = r"embed|layers\.\d+|final_norm"
+HIDDEN_STATES = f"re:({_STREAM})/forward/output"
+"""The outputs of the embedding, every decoder layer and the final norm."""
+EVERY_LAYER = f"re:({_STREAM}|lm_head)/forward/output"
+"""The same, and the logits."""
 
 
 def prepare(
