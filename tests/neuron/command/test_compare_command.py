@@ -240,6 +240,7 @@ def test_padding_does_not_make_the_tokens_others(tt, tmp_path):
     torch.save(about, port / "metadata.pt")
     code, found = compare(tt, ref, port)
     assert (code, len(found["prompts"][0]["layers"])) == (0, 6)
+    assert found["prompts"][0]["warnings"] == []
 
 
 def test_padding_of_shorter_rows_is_compared_and_said(tt, tmp_path):
@@ -260,7 +261,9 @@ def test_padding_of_shorter_rows_is_compared_and_said(tt, tmp_path):
         with tensortap.attach(model, run, select=select, values="full", metadata=about):
             model(torch.tensor([[1, 2], [1, 0]]))
     found = compare(tt, tmp_path / "gpu-run", tmp_path / "port-run")[1]
-    assert "padding of the shorter ones is compared" in str(found["prompts"][0]["warnings"])
+    assert "leaves tokens out, and their padding is compared" in str(
+        found["prompts"][0]["warnings"]
+    )
 
 
 def test_noise_of_another_dtype_than_the_ports_is_warned_of(tt, ref, tmp_path):
@@ -272,6 +275,10 @@ def test_noise_of_another_dtype_than_the_ports_is_warned_of(tt, ref, tmp_path):
     noise = old_files(tmp_path / "same", moved(residual(), 0.01))
     found = compare(tt, ref, port, "--noise", noise)[1]
     assert "--noise is" not in str(found["prompts"][0]["warnings"])
+    coarse = old_files(tmp_path / "coarse", half)
+    found = compare(tt, coarse, port)[1]
+    assert "the reference is bfloat16 and the port float32" in found["prompts"][0]["warnings"][0]
+    assert "the reference is" not in str(compare(tt, ref, coarse)[1]["prompts"][0]["warnings"])
 
 
 def test_a_layer_that_the_port_lacks_is_told(tt, ref, tmp_path):

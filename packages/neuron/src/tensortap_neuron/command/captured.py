@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tensortap.errors import NotSupported, RunError
+from tensortap.records import TensorRecord
 from tensortap.store import Run
 from tensortap.store.layout import RUN as RUN_FILE
 from tensortap_neuron.command.capturing import RUN
@@ -46,8 +49,7 @@ class Captured:
     @property
     def dtype(self) -> str | None:
         """That of its layers, where all have one."""
-        records = (one for one in self.run.records() if place(str(one.name)) is not None)
-        found = {one.dtype for one in records}
+        found = {one.dtype for one in self._layers()}
         return found.pop() if len(found) == 1 else None
 
     @property
@@ -55,9 +57,13 @@ class Captured:
         """What was remarked on all of an imported folder, and pads that nothing cuts."""
         notes = self.run.coverage().get("notes", ())
         said = [str(row["reason"]) for row in notes if row["name"] == "*"]
-        if not said and _is_ragged(self.run.info.metadata.get("attention_mask")):
-            said = ["its rows differ in length, and the padding of the shorter ones is compared"]
+        cut = any(one.placement and one.placement.valid for one in self._layers())
+        if not said and not cut and _has_pads(self.run.info.metadata.get("attention_mask")):
+            said = ["its attention_mask leaves tokens out, and their padding is compared"]
         return [f"{self.path}: {one}" for one in said]
+
+    def _layers(self) -> Iterator[TensorRecord]:
+        return (one for one in self.run.records() if place(str(one.name)) is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +85,12 @@ class Trio:
                 f"--noise is {noise} and the port {self.port.dtype}: the noise is the reference "
                 "once more in the port's dtype, and says little in another"
             )
+        ref, port = _step(self.ref.dtype), _step(self.port.dtype)
+        if ref is not None and port is not None and ref > port:
+            said.append(
+                f"the reference is {self.ref.dtype} and the port {self.port.dtype}: the finer one "
+                "should be the reference, or rounding of the reference is held against the port"
+            )
         return said
 
     @property
@@ -88,10 +100,17 @@ class Trio:
         return next((text for text in known if text is not None), None)
 
 
-def _is_ragged(mask: Any) -> bool:
-    """Does a mask of several rows leave something out?"""
-    rows = mask if isinstance(mask, list) and all(isinstance(row, list) for row in mask) else []
-    return len(rows) > 1 and not all(all(row) for row in rows)
+def _has_pads(mask: Any) -> bool:
+    rows = mask if isinstance(mask, list) else []
+    return not all(all(row) if isinstance(row, list) else row for row in rows)
+
+
+def _step(dtype: str | None) -> float | None:
+    """Between 1 and the next number; `None` of what is no kind of floats."""
+    kind = getattr(torch, dtype or "", None)
+    if isinstance(kind, torch.dtype) and kind.is_floating_point:
+        return torch.finfo(kind).eps
+    return None
 
 
 def _flat(ids: Any) -> tuple[int, ...]:
