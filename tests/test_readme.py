@@ -24,7 +24,9 @@ def commands():
     """Lines `$ tensortap …` of the console blocks that need only what the blocks before made."""
     lines = [line for block in blocks("console") for line in block.splitlines()]
     return [
-        line[2:].split("  #")[0] for line in lines if re.match(r"\$ tensortap .*(runs/|import )", line)
+        line[2:].split("  #")[0]
+        for line in lines
+        if re.match(r"\$ tensortap .*(runs/|import )", line)
     ]
 
 
