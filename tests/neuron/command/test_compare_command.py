@@ -293,6 +293,15 @@ def test_a_layer_that_the_port_lacks_is_told(tt, ref, tmp_path):
     assert "nobody can say" in printed
     assert "not compared: layer 3: only the reference has it" in error
     assert compare(tt, ref, port, "--layer-pattern", "layer_[0-2]")[0] == 0
+    found = compare(tt, port, ref)[1]
+    assert found["prompts"][0]["missing"] == ["layer 3: only the port has it"]
+
+
+def test_warnings_name_the_users_folders_and_the_port(tt, ref, tmp_path):
+    port = old_files(tmp_path / "port", residual())
+    (port / "metadata.pt").unlink()
+    [said] = compare(tt, ref, port)[1]["prompts"][0]["warnings"]
+    assert said.startswith(f"the port is incomplete: {port}: 1 gap")
 
 
 @pytest.mark.parametrize(

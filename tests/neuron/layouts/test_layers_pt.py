@@ -234,6 +234,15 @@ def test_two_files_of_one_layer_are_not_two_records_of_it(tmp_path: Path) -> Non
     assert torch.equal(values, read(tmp_path / "layer_0_output.pt"))
 
 
+def test_two_files_do_not_claim_one_name(tmp_path: Path) -> None:
+    """What the metadata says of names is only taken where no other file has the name."""
+    old_folder(tmp_path)
+    claims = {"layer_1": {"name": "layers.0/forward/output"}}
+    torch.save({"tensortap": {"records": claims}}, tmp_path / "metadata.pt")
+    sink, _ = in_memory(tmp_path)
+    assert sorted(sink.names()) == sorted(f"{name}/forward/output" for name in NAMES)
+
+
 def test_a_numbering_that_begins_with_1_is_noted(tmp_path: Path) -> None:
     folder = old_folder(tmp_path)
     (folder / "layer_0_output.pt").rename(folder / "layer_2_output.pt")

@@ -121,9 +121,14 @@ def compared(trio: Trio, pattern: str, preset: str, progress: Progress) -> Resul
 
 def _missing(one: Unpaired) -> str:
     at = place(one.name)
-    only = {"ref": "only the reference has it", "run": "only the port has it"}
-    why = only.get(one.where, one.reason) if one.kind == "absent" else one.reason
+    why = _ONLY.get(one.reason, one.reason)
     return f"{one.name if at is None else at.title}: {why}"
+
+
+_ONLY = {
+    "RUN has no such tensor": "only the reference has it",
+    "REF has no such tensor": "only the port has it",
+}
 
 
 def named(one: Captured) -> Any:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from tensortap.errors import ConfigError
 from tensortap_neuron.command import printing
+from tensortap_neuron.command.captured import Trio
 from tensortap_neuron.command.comparing import PRESETS, Result, named
 from tensortap_neuron.command.naming import with_inputs
 from tensortap_neuron.command.rows import HEADINGS, WITH_NOISE, Row
@@ -50,7 +52,7 @@ def _say_one(result: Result, preset: str) -> None:
     printing.say_table(headings, [_cells(row, noisy=noisy) for row in result.rows])
     for line in _findings(result):
         printing.say(line)
-    lost = [f"not compared: {line}" for line in result.missing]
+    lost = [f"not compared: {line}" for line in _missing(result)]
     for text in dict.fromkeys((*lost, *_warnings(result))):
         printing.warn(text)
     fine = sum(row.fine for row in result.rows)
@@ -69,8 +71,24 @@ def _outcome(result: Result) -> str:
 
 
 def _warnings(result: Result) -> list[str]:
-    said = (*result.remarks, *result.found.remarks, *result.run.warnings)
-    return list(dict.fromkeys(said))
+    found = (_called(text, result.trio) for text in (*result.found.remarks, *result.run.warnings))
+    return list(dict.fromkeys((*result.remarks, *found)))
+
+
+def _missing(result: Result) -> list[str]:
+    return [_called(line, result.trio) for line in result.missing]
+
+
+def _called(text: str, trio: Trio) -> str:
+    """A sentence of tensortap-analysis in the words of this command, and with the user's paths."""
+    for one in (trio.ref, trio.port, trio.noise):
+        if one is not None:
+            text = text.replace(str(one.run.path), str(one.path))
+    return _REF.sub("the reference", _RUN.sub("the port", text))
+
+
+_REF, _RUN = re.compile(r"\bREF\b"), re.compile(r"\bRUN\b")
+"""What `tensortap compare` calls its two arguments."""
 
 
 def _limits(result: Result, preset: str) -> str:
@@ -135,7 +153,7 @@ def _one(result: Result) -> dict[str, Any]:
         "layers": [row.to_json() for row in result.rows],
         "jumps": [jump.to_json() for jump in result.jumps],
         "abnormal": result.broken,
-        "missing": list(result.missing),
+        "missing": _missing(result),
         "warnings": _warnings(result),
     }
 

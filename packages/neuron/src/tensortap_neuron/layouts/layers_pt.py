@@ -75,10 +75,11 @@ def _about(path: Path, findings: Findings) -> About:
 
 
 def _pieces(found: Mapping[str, Path], about: About, findings: Findings) -> list[Piece]:
-    pieces = []
+    pieces: list[Piece] = []
     for what, path in sorted(found.items()):
         module = _MODULES.get(what) or f"layers.{int(what.removeprefix('layer_'))}"
-        name = about.name_of(what) or TensorName(module, "forward", "output")
+        plain, own = TensorName(module, "forward", "output"), about.name_of(what)
+        name = plain if own is None or any(own == piece.name for piece in pieces) else own
         try:
             shape = tuple(read_tensor(path).shape)
         except RunError as failure:
