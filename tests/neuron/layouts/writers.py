@@ -6,8 +6,8 @@ Sources, as read in November 2026:
   module without a tensor, NaN for manual ones that are missing).
 - The eager reference: aws-neuron/neuronx-distributed, utils/tensor_capture/model_modification.py
   (`modify_hf_eager_model_for_tensor_capture`).
-- vLLM-Neuron: vllm_neuron/accuracy/tensor_io.py and tensor_capture.py (`CaptureWriter`), and the
-  guide "Tensor Capture Design" of the AWS Neuron documentation.
+- vLLM-Neuron: the guide "Tensor Capture Design" of the AWS Neuron documentation (July 2026), which
+  describes the `CaptureWriter`; vllm-project/vllm-neuron of November 2025 has no such code yet.
 - The older guide: examples/minimax_m2_misc/test_layer_by_layer.py and …_gpu.py
   (`LayerOutputRecorder`).
 """

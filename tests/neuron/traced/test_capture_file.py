@@ -68,7 +68,7 @@ def test_what_differs_is_named_with_what_to_do(tmp_path, changes, said):
     with pytest.raises(ConfigError) as raised:
         dataclasses.replace(CAPTURE, **changes).check(tmp_path)
     assert said in str(raised.value)
-    assert "Compile it again" in str(raised.value)
+    assert "compile it again" in str(raised.value)
     assert "Capture.load" in str(raised.value)
 
 

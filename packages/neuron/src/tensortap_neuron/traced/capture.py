@@ -163,9 +163,9 @@ class Capture:
         differences = [*self._different(compiled), *_facts_apart(self.facts, compiled.facts)]
         if differences:
             raise ConfigError(
-                f"The model in {folder} was compiled with another capture: "
-                f"{'; '.join(differences)}. Compile it again, without skip_compile, or take "
-                "Capture.load(folder), with .narrowed(select) to record less of it."
+                f"The model in {folder} was compiled otherwise: {'; '.join(differences)}. Give "
+                "what it was compiled with, or compile it again, without skip_compile. (In Python, "
+                "Capture.load(folder) is its capture, and .narrowed(select) records less of it.)"
             )
 
     def _different(self, compiled: Capture) -> list[str]:
