@@ -13,7 +13,7 @@ from tests.neuron.layouts.commands import Command, padded, small_llama
 from tests.neuron.layouts.writers import FakeNxdiHook, hook_hf_eagerly
 
 import tensortap
-from tensortap.errors import NotSupported
+from tensortap.errors import ConfigError, NotSupported
 from tensortap.layouts import Layout, layout
 from tensortap.sinks import MemorySink
 
@@ -71,6 +71,8 @@ def test_it_is_a_layout_that_is_only_imported(tmp_path: Path) -> None:
     assert found.name == "nxdi"
     with pytest.raises(NotSupported, match="only imported"):
         found.export(None, tmp_path, "*", lambda done: None)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"'nxdi' \(only imported\)"):
+        layout("nxdy")
 
 
 def test_a_capture_compares_equal_to_the_same_model_captured_here(

@@ -67,8 +67,8 @@ class TapListener:
     def read_early(self, between: str) -> None:
         """The values are right; but the graph runs more than once, so it is said, or raised."""
         message = (
-            f"the code of the model read a value (.item(), .cpu(), print, an `if` on a tensor) "
-            f"between {between}: a part of the lazy graph ran by itself, and again with the rest. "
+            "the step's code read a value (.item(), .cpu(), print, an `if` on a tensor) between "
+            f"{between}: a part of the lazy graph ran by itself, and again with the rest. "
             "Read it after the step's synchronisation."
         )
         self._coverage.note("root", message)

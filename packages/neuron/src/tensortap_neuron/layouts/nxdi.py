@@ -73,6 +73,7 @@ class Nxdi:
     """`nxdi`; import only."""
 
     name = "nxdi"
+    exports = False
 
     def export(self, run: Run, out: Path, select: str, progress: Progress) -> Moved:
         """Not offered: raises `NotSupported`."""

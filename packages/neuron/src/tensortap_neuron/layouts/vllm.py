@@ -37,6 +37,7 @@ class VllmNeuron:
     """`vllm-neuron`; import only."""
 
     name = "vllm-neuron"
+    exports = False
 
     def export(self, run: Run, out: Path, select: str, progress: Progress) -> Moved:
         """Not offered: raises `NotSupported`."""
