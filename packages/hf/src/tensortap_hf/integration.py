@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import nn
 
+from tensortap.generation import make_one_step
 from tensortap.integration import Observer, Site
 from tensortap.plugins import release
 from tensortap.undo import Undo
 from tensortap.wrappers import claim
-from tensortap_hf import attention, fused, generation, mixer, quamba_model
+from tensortap_hf import attention, fused, mixer, quamba_model
 from tensortap_hf.dims import axes
 from tensortap_hf.modes import operands
 from tensortap_hf.modes.applied import state_of
@@ -83,8 +84,7 @@ class HuggingFace:
             return
         _install_functions([site for site in wanted if site.kind == "function"], observer, undo)
         for outermost in pretrained(model):
-            if callable(getattr(outermost, "generate", None)):
-                generation.install(outermost, observer, undo)
+            make_one_step(outermost, observer, undo)
         if release(_installed()) >= release(TESTED[1]):
             observer.note("root", f"transformers {_installed()} is newer than tensortap-hf's tests")
 

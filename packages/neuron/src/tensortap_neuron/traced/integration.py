@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from tensortap.generation import make_one_step
 from tensortap.integration import Observer, PlacementRule, Site
 from tensortap.records import Placement
 from tensortap.undo import Undo
 from tensortap.wrappers import unwrapped_modules
-from tensortap_neuron.traced import generating
 from tensortap_neuron.traced.described import Facts
 from tensortap_neuron.traced.heads import Heads, replicated
 from tensortap_neuron.traced.layers import (
@@ -75,7 +75,7 @@ class Nxd:
         self, model: nn.Module, sites: Sequence[Site], observer: Observer, undo: Undo
     ) -> None:
         """Hooks see all there is; `generate` of the adapter around an application is a step."""
-        generating.install(model, observer, undo)
+        make_one_step(model, observer, undo)
 
     def describe(self, model: nn.Module) -> Mapping[str, Any]:
         """Configuration, the group of tensor parallelism, the version of NxD."""

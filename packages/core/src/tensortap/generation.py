@@ -33,6 +33,8 @@ def _itself(value: Any) -> Any:
     return value
 
 
-def install(model: nn.Module, observer: Observer, undo: Undo) -> None:
-    """Make one step of each `generate` of `model` until `undo` runs."""
-    undo.replace(model, "generate", _OneStep(model.generate, observer))  # type: ignore[arg-type]
+def make_one_step(model: nn.Module, observer: Observer, undo: Undo) -> None:
+    """Make one step of each `generate` of `model`, where it has one, until `undo` runs."""
+    generate: Any = getattr(model, "generate", None)
+    if callable(generate):
+        undo.replace(model, "generate", _OneStep(generate, observer))
