@@ -14,12 +14,11 @@ import torch
 
 from tensortap.coverage import Coverage
 from tensortap.errors import NotSupported, RunError
-from tensortap.layouts import Moved, Progress, sinks_of_ranks
+from tensortap.layouts import Moved, Progress, filling, sinks_of_ranks
 from tensortap.names import TensorName
 from tensortap.records import Coordinates, Placement, RunInfo, Statistics, TensorRecord
 from tensortap.sinks import CoverageSink, TensorSink
 from tensortap.stats import statistics
-from tensortap.store import RunDirectorySink
 from tensortap.store.dtypes import dtype_name
 from tensortap_neuron.layouts.names import dims_of, place
 
@@ -124,8 +123,7 @@ def _fill(
 ) -> int:
     """Write into one sink; returns how many there are now. Gaps are said with the first sink."""
     coverage, steps, seq = Coverage(), 0, 0
-    sink.open(info)
-    try:
+    with filling(sink, info):
         for step, some in groupby(pieces, key=lambda piece: piece.at.step):
             for piece in some:
                 if _write_one(sink, piece, seq, findings):
@@ -136,12 +134,6 @@ def _fill(
             steps += 1
         if isinstance(sink, CoverageSink):
             sink.cover(_report(coverage, findings, steps))
-    except BaseException as failure:
-        if isinstance(sink, RunDirectorySink):
-            sink.mark_incomplete(f"the import stopped: {failure}")
-        raise
-    finally:
-        sink.close()
     return done + seq
 
 
