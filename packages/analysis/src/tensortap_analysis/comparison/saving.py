@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tensortap.errors import ConfigError, RunError
+from tensortap.store.disk import replace_file
 from tensortap_analysis.captured.facts import RunFacts
 from tensortap_analysis.comparison.outcome import RunComparison
 from tensortap_analysis.measuring.layers import Change
@@ -24,12 +25,9 @@ _T = TypeVar("_T")
 def save(document: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """Write a document whole, or not at all; raises `ConfigError`."""
     require_writable(Path(path), "")
-    scratch = Path(f"{os.fspath(path)}.partial")
     try:
-        scratch.write_text(json.dumps(document, allow_nan=False), encoding="utf-8")
-        scratch.replace(path)
+        replace_file(Path(path), json.dumps(document, allow_nan=False).encode(), sync=False)
     except OSError as failure:
-        scratch.unlink(missing_ok=True)
         raise ConfigError(f"{path} cannot be written: {failure.strerror}.") from failure
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tensortap.errors import ConfigError, RunError
 from tensortap.selection import Selection
+from tensortap.store.disk import replace_file
 from tensortap_analysis.captured.sources import Named, Source, label, opened
 from tensortap_analysis.captured.steps import spelled
 from tensortap_analysis.comparison.comparing import compare
@@ -74,9 +75,7 @@ def write_report(
                 step=step, progress=progress,
             )  # fmt: skip
     made = page(views, found, rows)
-    scratch = path.with_name(f"{path.name}.partial")
-    scratch.write_text(made.html, encoding="utf-8")
-    scratch.replace(path)
+    replace_file(path, made.html.encode(), sync=False)
     return Report(
         path, path.stat().st_size, tuple(one.path for one in views),
         None if found is None else found.verdict, made.tensors, made.listed,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from tensortap.errors import ConfigError, TensortapError
+from tensortap.store.disk import replace_file
 from tensortap.store.dtypes import dtype_name
 from tensortap_analysis.outputs import require_writable
 from tensortap_analysis.weights.options import METHODS, Options
@@ -117,10 +118,8 @@ class ScanResult(Mapping[str, dict[str, Metrics]]):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything as JSON; `ScanResult.load` reads it. The same scan, the same bytes."""
-        scratch = Path(f"{path}.partial")
         text = json.dumps(self.to_json(), indent=1, allow_nan=False)
-        scratch.write_text(text + "\n", encoding="utf-8")
-        scratch.replace(path)
+        replace_file(Path(path), f"{text}\n".encode(), sync=False)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ScanResult:
@@ -215,7 +214,7 @@ def check_target(path: Path, source: str, overwrite: bool) -> None:
     """Raise `ConfigError` where a scan of `source` cannot be saved, or would replace another's."""
     if path.exists() and not path.is_dir() and not path.is_file():
         raise ConfigError(f"The scan cannot be saved as {path}: that is no file.")
-    for file in (path, Path(f"{path}.journal"), Path(f"{path}.partial")):
+    for file in (path, Path(f"{path}.journal")):
         require_writable(file, "--output")
     if overwrite or not path.exists():
         return

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tensortap.errors import ConfigError
+from tensortap.store.disk import replace_file
 from tensortap_analysis.weights.drift.notices import notices
 from tensortap_analysis.weights.drift.tracking import Drift
 from tensortap_analysis.weights.health import Issue
@@ -38,9 +39,7 @@ def document(steps: Sequence[Drift], issues: Sequence[Sequence[Issue]]) -> dict[
 def save(path: Path, steps: Sequence[Drift], issues: Sequence[Sequence[Issue]]) -> None:
     """A file that is there is replaced once the new one is whole."""
     text = json.dumps(document(steps, issues), indent=1, allow_nan=False)
-    scratch = path.with_name(f"{path.name}.partial")
-    scratch.write_text(text + "\n", encoding="utf-8")
-    scratch.replace(path)
+    replace_file(path, f"{text}\n".encode(), sync=False)
 
 
 def check_replaced(path: Path) -> None:

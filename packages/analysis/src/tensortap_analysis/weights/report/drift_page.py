@@ -13,6 +13,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 import tensortap
+from tensortap.store.disk import replace_file
 from tensortap_analysis.report.figures import (
     SCALE,
     Chart,
@@ -75,9 +76,7 @@ def write_drift_report(
     labels = [steps[0].before, *(step.after for step in steps)]
     title = f"{labels[0]} → {labels[-1]}"
     about = f"Weights of {len(labels):,} checkpoints; tensortap {tensortap.__version__}"
-    scratch = path.with_name(f"{path.name}.partial")
-    scratch.write_text(document(title, about, shown), encoding="utf-8")
-    scratch.replace(path)
+    replace_file(path, document(title, about, shown).encode(), sync=False)
     return path
 
 

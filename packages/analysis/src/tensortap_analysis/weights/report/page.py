@@ -10,6 +10,7 @@ from typing import Any
 
 import tensortap
 from tensortap.errors import ConfigError
+from tensortap.store.disk import replace_file
 from tensortap_analysis.outputs import require_writable
 from tensortap_analysis.report.markup import Html, join, listing, tag
 from tensortap_analysis.report.searching import Column, searched
@@ -65,9 +66,7 @@ def write_scan_report(
     }
     shown = {key: value for key, value in sections.items() if value[1]}
     about = f"Weights of {result.source}; tensortap {tensortap.__version__}"
-    scratch = path.with_name(f"{path.name}.partial")
-    scratch.write_text(document(result.source, about, shown), encoding="utf-8")
-    scratch.replace(path)
+    replace_file(path, document(result.source, about, shown).encode(), sync=False)
     return path
 
 
