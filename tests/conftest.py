@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -26,3 +27,21 @@ def _from_a_clean_start(monkeypatch: pytest.MonkeyPatch) -> None:
         if variable.startswith(("TENSORTAP_", "TENSOR_SAVE_", "CUSTOM_QUANT_")):
             monkeypatch.delenv(variable)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def cli(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Run `tensortap ARGS`; returns (exit code, stdout, stderr)."""
+    from tensortap.cli import main
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["tensortap", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        printed = capsys.readouterr()
+        assert "Traceback" not in printed.out + printed.err
+        return int(stopped.value.code or 0), printed.out, printed.err
+
+    return run

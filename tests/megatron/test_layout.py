@@ -18,26 +18,10 @@ from tests.megatron.test_layout_words import split_as_the_old_visualiser_did
 
 import tensortap
 from tensortap import FormatInfo, MemorySink, Part, Placement, RunError
-from tensortap.cli import main
 from tensortap.layouts import layout
 from tensortap_megatron.layout import MEGATRON_PT
 
 STEM = "20250908_092156_{:04d}_{}"
-
-
-@pytest.fixture
-def cli(monkeypatch, capsys):
-    """Run `tensortap ARGS`; returns (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr("sys.argv", ["tensortap", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        printed = capsys.readouterr()
-        assert "Traceback" not in printed.out + printed.err
-        return stopped.value.code or 0, printed.out, printed.err
-
-    return run
 
 
 def rich_run(path):

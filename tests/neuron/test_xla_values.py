@@ -199,13 +199,17 @@ def test_a_compiled_training_step_is_captured_as_on_the_cpu(xla):
     assert [(cost.executions, cost.transfers) for cost in costs] == [(1, 1), (1, 1)]
 
 
-def test_a_hugging_face_model_is_captured_under_its_names(xla):
+def small_llama():
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, vocab_size=32,
     )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config).eval()
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def test_a_hugging_face_model_is_captured_under_its_names(xla):
+    model = small_llama()
     tokens = torch.randint(0, 32, (2, 5))
     twin, there = xla.put(copy.deepcopy(model)), xla.put(tokens)
 
@@ -221,12 +225,7 @@ def test_a_hugging_face_model_is_captured_under_its_names(xla):
 
 
 def test_generating_gives_the_same_tokens_and_the_records_of_the_cpu(xla):
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, vocab_size=32,
-    )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config).eval()
+    model = small_llama()
     tokens = torch.randint(0, 32, (1, 4))
     twin, there = xla.put(copy.deepcopy(model)), xla.put(tokens)
     options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
