@@ -24,14 +24,14 @@ Select = Annotated[str, typer.Option(help="Names: globs with commas, ! excludes,
 Step = Annotated[int | None, typer.Option(help="Only this step.")]
 
 
-def limits(thresholds: Iterable[str] | None) -> dict[str, float]:
+def limits_of(thresholds: Iterable[str] | None, example: str = "ratio=2") -> dict[str, float]:
     """`["ratio=2"]` as `{"ratio": 2.0}`; raises `ConfigError` for what is no number."""
-    return dict(map(_limit, thresholds or ()))
+    return dict(_limit(text, example) for text in thresholds or ())
 
 
-def _limit(text: str) -> tuple[str, float]:
+def _limit(text: str, example: str) -> tuple[str, float]:
     name, _, value = text.partition("=")
     try:
         return name.strip(), float(value)
     except ValueError:
-        raise ConfigError(f"--threshold {text} is not NAME=VALUE, for example ratio=2.") from None
+        raise ConfigError(f"--threshold {text} is not NAME=VALUE, for example {example}.") from None

@@ -25,7 +25,7 @@ from tensortap_analysis.comparison.tables import (
     tensors,
     unpaired_rows,
 )
-from tensortap_analysis.options import Noise, Select, Step, Thresholds, limits
+from tensortap_analysis.options import Noise, Select, Step, Thresholds, limits_of
 from tensortap_analysis.outputs import require_writable
 from tensortap_analysis.progress import counted
 from tensortap_analysis.rendering import as_markdown, rendered
@@ -67,7 +67,7 @@ def compare_runs(
     """
     if json_ + csv + markdown > 1:
         raise ConfigError("--json, --csv and --markdown are three ways to print; choose one.")
-    wanted = limits(threshold)
+    wanted = limits_of(threshold)
     if save is not None:
         require_writable(save, "--save")
     if saved is not None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from tensortap_analysis.options import Noise, Select, Step, Thresholds, limits
+from tensortap_analysis.options import Noise, Select, Step, Thresholds, limits_of
 from tensortap_analysis.progress import counted
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def report(
     # plotly takes a while to import, and other commands do not need it.
     from tensortap_analysis.report.writing import write_report
 
-    thresholds = limits(threshold)
+    thresholds = limits_of(threshold)
     with counted("comparing") as progress:
         done = write_report(
             out, *runs, noise=noise, preset=preset, thresholds=thresholds, select=select, step=step,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,19 +25,6 @@ from tensortap_analysis.weights.health import SEVERITIES
 from tensortap_analysis.weights.scope import Scope
 
 Command = TypeVar("Command", bound=Callable[..., None])
-
-
-def limits_of(texts: Iterable[str] | None, example: str = "sqnr_warning=25") -> dict[str, float]:
-    """`["sqnr_warning=25"]` as a dictionary; raises `ConfigError`."""
-    return dict(_limit(text, example) for text in texts or ())
-
-
-def _limit(text: str, example: str) -> tuple[str, float]:
-    name, _, value = text.partition("=")
-    try:
-        return name.strip(), float(value)
-    except ValueError:
-        raise ConfigError(f"--threshold {text} is not NAME=VALUE, for example {example}.") from None
 
 
 def check_file(option: str, path: Path | None, *endings: str) -> None:

@@ -15,12 +15,12 @@ from rich.console import Console
 from tensortap import formats as known
 from tensortap.errors import ConfigError
 from tensortap.tables import print_whole
+from tensortap_analysis.options import limits_of
 from tensortap_analysis.progress import warn
 from tensortap_analysis.weights.command.arguments import (
     byte_progress,
     check_fail_on,
     interruptible,
-    limits_of,
     say_written,
     takes_workers,
     unmatched,
@@ -108,7 +108,7 @@ def scan(
     It needs no model code and no data, and holds a few tensors at a time. Exit code: 0 scanned,
     1 an issue of the severity that --fail-on names, 2 it could not be done, 130 interrupted.
     """
-    limits = limits_of(threshold)
+    limits = limits_of(threshold, "sqnr_warning=25")
     check_preset(preset, limits)
     check_fail_on(fail_on)
     if recommend is not None:

@@ -13,13 +13,13 @@ from rich.console import Console
 
 from tensortap.errors import ConfigError
 from tensortap.tables import print_whole
+from tensortap_analysis.options import limits_of
 from tensortap_analysis.progress import warn
 from tensortap_analysis.weights.command.arguments import (
     byte_progress,
     check_fail_on,
     check_file,
     interruptible,
-    limits_of,
     say_written,
     takes_workers,
     unmatched,
