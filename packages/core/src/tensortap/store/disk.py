@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 if sys.platform != "win32":
@@ -56,6 +59,23 @@ def create_file(path: Path, content: bytes) -> None:
             file.write(content)
     finally:
         temporary.unlink()
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A place beside `path` for a new folder, which replaces `path` when the block succeeds.
+
+    Whatever raises leaves an older folder as it was.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        yield partial
+        if path.exists():
+            shutil.rmtree(path)
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_temporary(path: Path, content: bytes, *, sync: bool) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,6 +14,7 @@ from torch import nn
 import tensortap
 from tensortap.errors import RunExists, TensortapError
 from tensortap.sinks import TensorSink
+from tensortap.store.disk import whole_folder
 from tensortap_hf import modes
 from tensortap_hf.command.layers import Layers
 from tensortap_hf.command.models import Loaded
@@ -134,15 +134,8 @@ def _outcome(plan: Plan, mode: Mode, path: Path, progress: Progress) -> Outcome:
 
 def _whole_run(plan: Plan, mode: Mode, path: Path, progress: Progress) -> int:
     """Capture beside `path`, and move there what is whole: an older run outlives a failure."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        records = capture(plan, mode, partial, progress)
-        if path.exists():
-            shutil.rmtree(path)
-        partial.rename(path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return records
+    with whole_folder(path) as partial:
+        return capture(plan, mode, partial, progress)
 
 
 def capture(plan: Plan, mode: Mode, sink: Path | TensorSink, progress: Progress) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import nn
 import tensortap
 from tensortap.errors import ConfigError, RunExists
 from tensortap.layouts import layout
+from tensortap.store.disk import whole_folder
 from tensortap_neuron.command.calling import forward
 from tensortap_neuron.command.naming import Place, with_inputs
 from tensortap_neuron.command.prompts import Prompt, folder_of
@@ -86,20 +86,13 @@ def capture(
     An older folder is replaced once the new one is there.
     """
     final = out / prompt.folder
-    partial = final.with_name(f".{final.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     about = {
         "prompt": prompt.text, "token_ids": list(prompt.ids), "tokens": prompt.tokens, **metadata
     }  # fmt: skip
-    try:
+    with whole_folder(final) as partial:
         partial.mkdir(parents=True)
         model.capture(prompt, partial / RUN, about)
         with tensortap.open_run(partial / RUN) as run:
             moved = layout("layers-pt").export(run, partial / FILES, "*", lambda done: None)
-        if final.exists():
-            shutil.rmtree(final)
-        partial.rename(final)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     # What the run itself lacks, the run says.
     return final, tuple(line for line in moved.skipped if not line.startswith(str(partial)))
